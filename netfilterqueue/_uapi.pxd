@@ -1,0 +1,220 @@
+"""Declarations of the kernel's headers, POSIX threads, libmnl and libnetfilter_queue.
+
+Declarations only: every number comes from the header that defines it.
+"""
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from posix.types cimport pid_t
+
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+
+
+cdef extern from "<sys/socket.h>" nogil:
+    ctypedef unsigned int socklen_t
+    ctypedef unsigned short sa_family_t
+
+    struct sockaddr:
+        pass
+
+    struct timespec:
+        pass
+
+    struct msghdr:
+        iovec *msg_iov
+        size_t msg_iovlen
+        int msg_flags
+
+    struct mmsghdr:
+        msghdr msg_hdr
+        unsigned int msg_len
+
+    enum:
+        AF_NETLINK
+        SOCK_RAW
+        SOCK_CLOEXEC
+        SOL_SOCKET
+        SO_DOMAIN
+        SO_PROTOCOL
+        SO_RCVBUF
+        SO_RCVBUFFORCE
+        SO_TIMESTAMP
+        MSG_DONTWAIT
+        MSG_NOSIGNAL
+        MSG_TRUNC
+        MSG_WAITFORONE
+
+    int socket(int domain, int type, int protocol)
+    int bind(int fd, const sockaddr *address, socklen_t length)
+    int connect(int fd, const sockaddr *address, socklen_t length)
+    int getsockname(int fd, sockaddr *address, socklen_t *length)
+    int getsockopt(int fd, int level, int name, void *value, socklen_t *length)
+    int setsockopt(int fd, int level, int name, const void *value, socklen_t length)
+    ssize_t send(int fd, const void *data, size_t length, int flags)
+    int recvmmsg(int fd, mmsghdr *messages, unsigned int count, int flags, timespec *timeout)
+
+
+cdef extern from "<fcntl.h>" nogil:
+    enum:
+        F_DUPFD_CLOEXEC
+    int fcntl(int fd, int command, ...)
+
+
+cdef extern from "<unistd.h>" nogil:
+    int close(int fd)
+    pid_t getpid()
+
+
+cdef extern from "<time.h>" nogil:
+    ctypedef long time_t
+
+    struct clock_time "timespec":
+        time_t tv_sec
+        long tv_nsec
+
+    enum:
+        CLOCK_MONOTONIC
+    int clock_gettime(int clock, clock_time *now)
+
+
+cdef extern from "<signal.h>" nogil:
+    ctypedef struct sigset_t:
+        pass
+    enum:
+        SIG_SETMASK
+    int sigfillset(sigset_t *signals)
+
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_t:
+        pass
+    ctypedef struct pthread_attr_t:
+        pass
+    ctypedef struct pthread_mutex_t:
+        pass
+    ctypedef struct pthread_mutexattr_t:
+        pass
+    ctypedef struct pthread_cond_t:
+        pass
+    ctypedef struct pthread_condattr_t:
+        pass
+
+    int pthread_create(pthread_t *thread, const pthread_attr_t *attributes,
+                       void *(*start)(void *) noexcept, void *argument)
+    int pthread_join(pthread_t thread, void **result)
+    int pthread_setname_np(pthread_t thread, const char *name)
+    int pthread_sigmask(int how, const sigset_t *signals, sigset_t *before)
+    int pthread_atfork(void (*prepare)() noexcept, void (*parent)() noexcept, void (*child)() noexcept)
+    int pthread_mutex_init(pthread_mutex_t *mutex, const pthread_mutexattr_t *attributes)
+    int pthread_mutex_destroy(pthread_mutex_t *mutex)
+    int pthread_mutex_lock(pthread_mutex_t *mutex)
+    int pthread_mutex_unlock(pthread_mutex_t *mutex)
+    int pthread_condattr_init(pthread_condattr_t *attributes)
+    int pthread_condattr_setclock(pthread_condattr_t *attributes, int clock)
+    int pthread_condattr_destroy(pthread_condattr_t *attributes)
+    int pthread_cond_init(pthread_cond_t *condition, const pthread_condattr_t *attributes)
+    int pthread_cond_destroy(pthread_cond_t *condition)
+    int pthread_cond_signal(pthread_cond_t *condition)
+    int pthread_cond_wait(pthread_cond_t *condition, pthread_mutex_t *mutex)
+    int pthread_cond_timedwait(pthread_cond_t *condition, pthread_mutex_t *mutex,
+                               const clock_time *deadline)
+
+
+cdef extern from "<linux/netlink.h>" nogil:
+    struct sockaddr_nl:
+        sa_family_t nl_family
+        uint32_t nl_pid
+        uint32_t nl_groups
+
+    struct nlmsghdr:
+        uint32_t nlmsg_len
+        uint16_t nlmsg_type
+        uint16_t nlmsg_flags
+        uint32_t nlmsg_seq
+        uint32_t nlmsg_pid
+
+    struct nlmsgerr:
+        int error
+        nlmsghdr msg
+
+    struct nlattr:
+        uint16_t nla_len
+        uint16_t nla_type
+
+    enum:
+        NETLINK_NETFILTER
+        NETLINK_NO_ENOBUFS
+        NETLINK_CAP_ACK
+        SOL_NETLINK
+        NLM_F_REQUEST
+        NLM_F_ACK
+        NLMSG_NOOP
+        NLMSG_ERROR
+        NLMSG_MIN_TYPE
+        NLA_TYPE_MASK
+
+
+cdef extern from "<linux/netfilter/nfnetlink.h>" nogil:
+    struct nfgenmsg:
+        uint8_t nfgen_family
+        uint8_t version
+        uint16_t res_id
+
+    enum:
+        NFNL_SUBSYS_QUEUE
+
+
+cdef extern from "<linux/netfilter/nfnetlink_queue.h>" nogil:
+    struct nfqnl_msg_packet_hdr:
+        uint32_t packet_id
+        uint16_t hw_protocol
+        uint8_t hook
+
+    struct nfqnl_msg_packet_hw:
+        uint16_t hw_addrlen
+        uint8_t hw_addr[8]
+
+    struct nfqnl_msg_packet_timestamp:
+        uint64_t sec
+        uint64_t usec
+
+    enum:
+        NFQNL_MSG_PACKET
+        NFQNL_MSG_VERDICT
+        NFQNL_MSG_CONFIG
+        NFQNL_CFG_CMD_BIND
+        NFQNL_CFG_CMD_UNBIND
+        NFQA_PACKET_HDR
+        NFQA_MARK
+        NFQA_TIMESTAMP
+        NFQA_IFINDEX_INDEV
+        NFQA_IFINDEX_OUTDEV
+        NFQA_IFINDEX_PHYSINDEV
+        NFQA_IFINDEX_PHYSOUTDEV
+        NFQA_HWADDR
+        NFQA_PAYLOAD
+
+
+cdef extern from "<arpa/inet.h>" nogil:
+    uint16_t ntohs(uint16_t value)
+    uint32_t ntohl(uint32_t value)
+
+
+cdef extern from "<endian.h>" nogil:
+    uint64_t be64toh(uint64_t value)
+
+
+cdef extern from "<libmnl/libmnl.h>" nogil:
+    nlmsghdr *mnl_nlmsg_put_header(void *buffer)
+
+
+cdef extern from "<libnetfilter_queue/libnetfilter_queue.h>" nogil:
+    nlmsghdr *nfq_nlmsg_put(char *buffer, int type, uint32_t queue_num)
+    void nfq_nlmsg_cfg_put_cmd(nlmsghdr *message, uint16_t family, uint8_t command)
+    void nfq_nlmsg_cfg_put_params(nlmsghdr *message, uint8_t mode, int range)
+    void nfq_nlmsg_cfg_put_qmaxlen(nlmsghdr *message, uint32_t max_len)
+    void nfq_nlmsg_verdict_put(nlmsghdr *message, int id, int verdict)
+    void nfq_nlmsg_verdict_put_mark(nlmsghdr *message, uint32_t mark)
+    void nfq_nlmsg_verdict_put_pkt(nlmsghdr *message, const void *payload, uint32_t length)
