@@ -1,0 +1,81 @@
+"""One netlink socket, and the memory that it reads into."""
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+from netfilterqueue._netlink cimport Cursor
+from netfilterqueue._uapi cimport iovec, mmsghdr, nlmsghdr
+
+
+cdef extern from *:
+    """
+    #ifndef NETFILTERQUEUE_BUFFER_SIZE
+    #define NETFILTERQUEUE_BUFFER_SIZE 69632
+    #endif
+    #ifndef NETFILTERQUEUE_DEBUG
+    #define NETFILTERQUEUE_DEBUG 0
+    #endif
+    """
+    enum:
+        # Bytes of the largest slot; the default holds the largest packet with its attributes.
+        BUFFER_SIZE "NETFILTERQUEUE_BUFFER_SIZE"
+        # In a debug build the objects alive are counted, see alive().
+        DEBUG "NETFILTERQUEUE_DEBUG"
+
+
+cdef struct Alive:
+    int64_t slabs
+    int64_t packets
+    int64_t descriptors
+    int64_t helpers
+
+cdef Alive alive_now
+
+
+cdef int check(int result, str call) except -1
+cdef object os_error(int error, str what)
+
+
+cdef class Channel
+
+
+cdef class Slab:
+    """The memory of one read: as many slots as datagrams can come at once."""
+    cdef char *memory           # slots * stride bytes; NULL where the bytes are another object's
+    cdef bytes source           # that object, or None
+    cdef mmsghdr *headers       # one a slot, as recvmmsg(2) takes and fills them
+    cdef iovec *vectors         # one a slot: where it is
+    cdef unsigned int slots
+    cdef int filled             # slots that hold a datagram
+    cdef int messages           # in them, netlink's own (errors, acknowledgements) left out
+    cdef int users              # a reader, a batch, callbacks, memoryviews: reused only at 0
+
+    cdef int lend(self, bytes source) except -1
+    cdef int put(self, bytes content) except -1
+    cdef int take_stock(self, Channel channel) except -1
+    cdef Cursor datagram(self, int slot) noexcept
+
+
+cdef class Channel:
+    """A netlink socket of the netfilter family, connected to the kernel."""
+    cdef readonly int fd        # -1 once closed
+    cdef uint32_t sequence      # of the last request that awaits its answer
+    cdef dict answers           # sequence number -> errno of the kernel's answer, or None as yet
+    cdef object answered        # Condition: another thread's read brought an answer
+    cdef int readers            # threads that are in a read
+    cdef unsigned int slots     # of the slabs to be made
+    cdef size_t slot_size       # bytes
+    cdef list slabs             # a small pool; those with users are passed over
+    cdef list arrived           # slabs with messages that came while an answer was awaited
+    cdef list refusals          # (sequence number, errno) of messages that asked for no answer
+    cdef uint64_t malformed     # datagrams, or ends of them, that are no netlink messages
+
+    cdef int shape(self, unsigned int slots, size_t slot_size) except -1
+    cdef Slab spare_slab(self)
+    cdef Slab receive(self, int flags)
+    cdef int take(self, const nlmsghdr *message, size_t length) except -1
+    cdef int request(self, nlmsghdr *message) except -1
+    cdef int transmit(self, const nlmsghdr *message) except -1
+    cdef int wake(self) except -1
+    cdef int discard_pending(self) except -1
+    cdef int size_receive_buffer(self, int size) except -1
+    cdef int stamp_packets(self, bint on) except -1
+    cdef int close(self) except -1

@@ -1,0 +1,344 @@
+"""One netlink socket: opened, configured, read in batches, woken. What its messages mean is for
+others to know."""
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from cpython.exc cimport PyErr_CheckSignals
+from libc.errno cimport EAGAIN, EINTR, ENOBUFS, ETIMEDOUT, errno
+from libc.stdint cimport uint32_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy, memset
+
+from netfilterqueue._netlink cimport Cursor, next_message
+from netfilterqueue._uapi cimport (
+    AF_NETLINK, F_DUPFD_CLOEXEC, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_WAITFORONE, NETLINK_CAP_ACK,
+    NETLINK_NETFILTER, NETLINK_NO_ENOBUFS, NLMSG_ERROR, NLMSG_MIN_TYPE, NLMSG_NOOP, NLM_F_ACK,
+    NLM_F_REQUEST, SOCK_CLOEXEC, SOCK_RAW, SOL_NETLINK, SOL_SOCKET, SO_DOMAIN, SO_PROTOCOL,
+    SO_RCVBUF, SO_RCVBUFFORCE, SO_TIMESTAMP, bind, close, connect, fcntl, getsockname, getsockopt,
+    mmsghdr, nlmsgerr, nlmsghdr, recvmmsg, send, setsockopt, sockaddr, sockaddr_nl, socket,
+    socklen_t,
+)
+
+import os
+import threading
+import time
+
+cdef enum:
+    POOLED_SLABS = 4
+    PAGE = 4096
+    CACHE_LINE = 64
+
+# How long another thread may keep an answer that its read brought, in seconds.
+ANSWER_TIMEOUT = 5.0
+
+
+def alive():
+    """Objects alive in a debug build, by kind; None in any other build."""
+    return dict(alive_now) if DEBUG else None
+
+
+cdef object os_error(int error, str what):
+    return OSError(error, f"{what}: {os.strerror(error)}")
+
+
+cdef int check(int result, str call) except -1:
+    """The gate for system calls: their result, or an OSError with errno."""
+    cdef int error = errno
+    if result < 0:
+        raise os_error(error, call)
+    return result
+
+
+cdef class Slab:
+
+    def __cinit__(self, unsigned int slots, size_t slot_size):
+        cdef unsigned int slot
+        cdef size_t stride = (slot_size + PAGE - 1) & ~(<size_t> PAGE - 1)
+        # Slots that all began at the same place of a page would share the same few cache sets:
+        # five lines, about what a small packet's message fills, set each off from the last.
+        stride += 5 * CACHE_LINE
+        self.slots = slots
+        self.headers = <mmsghdr *> calloc(slots, sizeof(mmsghdr))
+        self.vectors = <iovec *> calloc(slots, sizeof(iovec))
+        if slot_size:
+            self.memory = <char *> malloc(slots * stride)
+        if self.headers is NULL or self.vectors is NULL or (slot_size and self.memory is NULL):
+            raise MemoryError(f"no memory for {slots} slots of {slot_size} bytes: "
+                              "bind with a smaller batch or range")
+        for slot in range(slots):
+            self.vectors[slot].iov_base = self.memory + slot * stride if slot_size else NULL
+            self.vectors[slot].iov_len = slot_size
+            self.headers[slot].msg_hdr.msg_iov = &self.vectors[slot]
+            self.headers[slot].msg_hdr.msg_iovlen = 1
+        if DEBUG:
+            alive_now.slabs += 1
+
+    def __dealloc__(self):
+        if DEBUG and self.headers is not NULL:
+            alive_now.slabs -= 1
+        free(self.memory)
+        free(self.vectors)
+        free(self.headers)
+
+    # A packet's memoryview names its slab as the exporter: so the slab lives as long as the view,
+    # whatever becomes of the packet, and hears of the view's end.
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        raise BufferError("a slab's bytes are seen through its packets only")
+
+    def __releasebuffer__(self, Py_buffer *view):
+        self.users -= 1
+
+    cdef int lend(self, bytes source) except -1:
+        """Hold one datagram that somebody else received."""
+        self.source = source
+        self.vectors[0].iov_base = PyBytes_AS_STRING(source)
+        self.headers[0].msg_len = <unsigned int> PyBytes_GET_SIZE(source)
+        self.filled = 1
+        return 0
+
+    cdef int put(self, bytes content) except -1:
+        """Copy a datagram into the next slot."""
+        memcpy(self.vectors[self.filled].iov_base, PyBytes_AS_STRING(content), len(content))
+        self.headers[self.filled].msg_len = <unsigned int> len(content)
+        self.filled += 1
+        return 0
+
+    cdef int take_stock(self, Channel channel) except -1:
+        """Count the messages, and give netlink's own to the channel, where there is one."""
+        cdef Cursor cursor
+        cdef const nlmsghdr *message
+        cdef size_t length
+        cdef int slot
+        self.messages = 0
+        for slot in range(self.filled):
+            cursor = self.datagram(slot)
+            while True:
+                message = next_message(&cursor, &length)
+                if message is NULL:
+                    break
+                if message.nlmsg_type >= NLMSG_MIN_TYPE:
+                    self.messages += 1
+                elif channel is not None:
+                    channel.take(message, length)
+            if cursor.left and channel is not None:
+                channel.malformed += 1
+        return 0
+
+    cdef Cursor datagram(self, int slot) noexcept:
+        cdef Cursor cursor
+        cursor.at = <const char *> self.vectors[slot].iov_base
+        cursor.left = self.headers[slot].msg_len
+        return cursor
+
+
+cdef class Channel:
+
+    def __cinit__(self, int sockfd=-1):
+        self.fd = -1
+        self.answers = {}
+        self.answered = threading.Condition()
+        self.slabs = []
+        self.arrived = []
+        self.refusals = []
+        if sockfd < 0:
+            self.fd = check(socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_NETFILTER),
+                            "cannot open a netlink socket of the netfilter family "
+                            "(is the kernel module nfnetlink loaded?)")
+        else:
+            self.fd = duplicate(sockfd)
+        if DEBUG:
+            alive_now.descriptors += 1
+        self.connect_to_kernel()
+
+    def __dealloc__(self):
+        self.close()
+
+    def connect_to_kernel(self):
+        cdef sockaddr_nl address
+        cdef socklen_t length = sizeof(address)
+        memset(&address, 0, sizeof(address))
+        address.nl_family = AF_NETLINK
+        if not has_port(self.fd):
+            check(bind(self.fd, <sockaddr *> &address, length), "cannot bind the netlink socket")
+        # Once connected to port 0, the kernel refuses what other processes send to this socket.
+        check(connect(self.fd, <sockaddr *> &address, length), "cannot connect to the kernel")
+        # With ENOBUFS, one overrun makes the socket drop all that follows until it is empty.
+        set_option(self.fd, SOL_NETLINK, NETLINK_NO_ENOBUFS, 1)
+        # An error need not bring the whole request back.
+        set_option(self.fd, SOL_NETLINK, NETLINK_CAP_ACK, 1)
+
+    cdef int shape(self, unsigned int slots, size_t slot_size) except -1:
+        """Decide how many datagrams one read takes at the most, and how long each may be."""
+        if slots != self.slots or slot_size != self.slot_size:
+            self.slabs = []
+        self.slots = slots
+        self.slot_size = slot_size
+        return 0
+
+    cdef Slab spare_slab(self):
+        cdef Slab slab
+        for slab in self.slabs:
+            if not slab.users:
+                return slab
+        slab = Slab(self.slots, self.slot_size)
+        if len(self.slabs) < POOLED_SLABS:
+            self.slabs.append(slab)
+        return slab
+
+    cdef Slab receive(self, int flags):
+        """One read of as many datagrams as there are and fit; the slab is the caller's, who counts
+        its users down. None where nothing is pending and the socket or the flags forbid waiting."""
+        cdef Slab slab = self.spare_slab()
+        cdef int count, error
+        slab.users = 1
+        self.readers += 1
+        try:
+            while True:
+                # The last moment before the wait: a signal that came earlier is handled now.
+                PyErr_CheckSignals()
+                with nogil:
+                    count = recvmmsg(self.fd, slab.headers, slab.slots, flags | MSG_WAITFORONE, NULL)
+                    error = errno
+                if count > 0:
+                    slab.filled = count
+                    slab.take_stock(self)
+                    return slab
+                if error == EAGAIN:
+                    slab.users = 0
+                    return None
+                # ENOBUFS needs no word: what was lost shows in the kernel's counters.
+                if error != EINTR and error != ENOBUFS:
+                    raise os_error(error, "cannot read from the netlink socket")
+        except BaseException:
+            slab.users = 0
+            raise
+        finally:
+            self.readers -= 1
+
+    cdef int take(self, const nlmsghdr *message, size_t length) except -1:
+        """Note what one of netlink's own messages says."""
+        cdef uint32_t sequence = message.nlmsg_seq
+        cdef int error
+        if message.nlmsg_type != NLMSG_ERROR:
+            return 0
+        if length < sizeof(nlmsghdr) + sizeof(nlmsgerr):
+            self.malformed += 1
+            return 0
+        error = -(<const nlmsgerr *> &message[1]).error
+        if sequence in self.answers:
+            with self.answered:
+                self.answers[sequence] = error
+                self.answered.notify_all()
+        elif error:
+            self.refusals.append((sequence, error))
+        return 0
+
+    cdef int transmit(self, const nlmsghdr *message) except -1:
+        return check(<int> send(self.fd, message, message.nlmsg_len, MSG_NOSIGNAL),
+                     "cannot send to the kernel")
+
+    cdef int request(self, nlmsghdr *message) except -1:
+        """Send a message that asks for an acknowledgement and return the kernel's errno, 0 for
+        success. Other messages that come meanwhile are kept in ``arrived``."""
+        cdef uint32_t sequence
+        cdef Slab slab
+        # The kernel answers within the send, so waiting is for an answer that another thread's
+        # read brought and that this thread has yet to hear of.
+        self.sequence = (self.sequence + 1) & 0x7FFFFFFF or 1
+        sequence = self.sequence
+        message.nlmsg_seq = sequence
+        self.answers[sequence] = None
+        try:
+            self.transmit(message)
+            deadline = time.monotonic() + ANSWER_TIMEOUT
+            while self.answers[sequence] is None:
+                slab = self.receive(MSG_DONTWAIT)
+                if slab is not None:
+                    self.keep(slab)
+                elif not self.readers and self.answers[sequence] is None:
+                    raise os_error(ENOBUFS, "the kernel's answer was lost to a full receive buffer")
+                elif time.monotonic() > deadline:
+                    raise os_error(ETIMEDOUT, "another reader of the socket kept the kernel's answer")
+                else:
+                    with self.answered:
+                        self.answered.wait_for(lambda: self.answers[sequence] is not None, 0.05)
+            return self.answers[sequence]
+        finally:
+            del self.answers[sequence]
+
+    def keep(self, Slab slab):
+        if slab.messages:
+            self.arrived.append(slab)
+        else:
+            slab.users = 0
+
+    cdef int discard_pending(self) except -1:
+        """Read the socket empty and forget what was in it."""
+        cdef Slab slab
+        self.arrived.clear()
+        while True:
+            slab = self.receive(MSG_DONTWAIT)
+            if slab is None:
+                return 0
+            slab.users = 0
+
+    cdef int wake(self) except -1:
+        """Make a blocked reader return, and the socket poll readable: the kernel acknowledges a
+        message that asks for nothing else. Safe from any thread and from signal handlers."""
+        cdef nlmsghdr message
+        memset(&message, 0, sizeof(message))
+        message.nlmsg_len = sizeof(message)
+        message.nlmsg_type = NLMSG_NOOP
+        message.nlmsg_flags = NLM_F_REQUEST | NLM_F_ACK
+        return self.transmit(&message)
+
+    cdef int size_receive_buffer(self, int size) except -1:
+        """Ask for a receive buffer of ``size`` bytes and return what the kernel says it is now,
+        which is twice what it granted (socket(7))."""
+        # SO_RCVBUFFORCE needs CAP_NET_ADMIN outside any user namespace; without it the limit is
+        # net.core.rmem_max.
+        if setsockopt(self.fd, SOL_SOCKET, SO_RCVBUFFORCE, &size, sizeof(size)) < 0:
+            set_option(self.fd, SOL_SOCKET, SO_RCVBUF, size)
+        return get_option(self.fd, SOL_SOCKET, SO_RCVBUF)
+
+    cdef int stamp_packets(self, bint on) except -1:
+        # The kernel stamps packets only while some socket on the host asks for it.
+        set_option(self.fd, SOL_SOCKET, SO_TIMESTAMP, on)
+        return 0
+
+    cdef int close(self) except -1:
+        cdef int fd = self.fd
+        self.fd = -1
+        if fd >= 0:
+            if DEBUG:
+                alive_now.descriptors -= 1
+            # Linux has closed the descriptor whatever close() returns.
+            close(fd)
+        return 0
+
+
+cdef int duplicate(int sockfd) except -1:
+    """A descriptor of our own for somebody's netlink socket."""
+    if (get_option(sockfd, SOL_SOCKET, SO_DOMAIN) != AF_NETLINK
+            or get_option(sockfd, SOL_SOCKET, SO_PROTOCOL) != NETLINK_NETFILTER):
+        raise ValueError(f"sockfd {sockfd} is no netlink socket of the netfilter family: open it "
+                         "with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12)")
+    return check(fcntl(sockfd, F_DUPFD_CLOEXEC, 0), f"cannot duplicate descriptor {sockfd}")
+
+
+cdef bint has_port(int fd) except -1:
+    cdef sockaddr_nl address
+    cdef socklen_t length = sizeof(address)
+    check(getsockname(fd, <sockaddr *> &address, &length), "cannot read the socket's address")
+    return address.nl_pid != 0
+
+
+cdef int get_option(int fd, int level, int name) except -1:
+    cdef int value = 0
+    cdef socklen_t length = sizeof(value)
+    check(getsockopt(fd, level, name, &value, &length), f"cannot use descriptor {fd} as a socket")
+    return value
+
+
+cdef int set_option(int fd, int level, int name, int value) except -1:
+    return check(setsockopt(fd, level, name, &value, sizeof(value)),
+                 f"cannot set option {name} of the netlink socket")
