@@ -1,0 +1,63 @@
+"""Verdicts that wait to be sent."""
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+
+from netfilterqueue._nfqueue cimport Decision
+from netfilterqueue._uapi cimport pthread_cond_t, pthread_mutex_t, pthread_t
+
+
+cdef enum:
+    # Sequence numbers of verdicts have this bit; those of requests do not.
+    VERDICT_SEQUENCE = 0x80000000
+
+
+cdef inline bint is_verdict(uint32_t sequence) noexcept nogil:
+    return sequence & <uint32_t> VERDICT_SEQUENCE != 0
+
+
+cdef struct Waiting:
+    # What the helper thread shares with the Outbox. It is no Python object: the helper never
+    # holds the GIL, and this must stay until the helper has ended.
+    pthread_mutex_t lock        # guards all below; never held in a system call but the wake-up
+    pthread_mutex_t wire        # held while sending, so that verdicts leave in order; taken first
+    pthread_cond_t wakeup       # for the helper alone
+    int fd                      # -1: there is no kernel, sending does nothing
+    char *fill                  # messages, one after the other
+    size_t length               # bytes in it
+    size_t capacity
+    char *spare                 # being sent, or idle
+    size_t spare_capacity
+    uint32_t flight             # number of the send that `fill` will be
+    int late_error              # errno of a send by the helper, for the next caller
+    uint32_t *failed            # pairs: the first and the last number of flights that failed
+    size_t failures             # pairs in it
+    pthread_t helper
+    bint running                # there is a helper
+    bint parked                 # it sleeps without a timer
+    bint ending                 # it is to end
+    int64_t period              # nanoseconds between two ticks
+    uint64_t tick
+    uint64_t stamp              # tick at which the first message in `fill` came
+    Waiting *previous           # in the list for fork()
+    Waiting *next
+
+
+cdef class Outbox:
+    """Verdict messages of one binding, collected and sent by one system call.
+
+    They are sent at once if no other packet of the same read is undecided; else when the last of
+    them is decided, when the loop goes back to read, or by the helper thread ``delay`` seconds
+    after the first was given, whichever comes first. Verdicts leave in the order given.
+    """
+    cdef Waiting *waiting
+    cdef uint16_t queue_num
+    cdef readonly bint closed   # the queue was unbound: no verdict can be given any more
+
+    cdef int start_helper(self) except -1
+    cdef bint make_room(self, const Decision *decision) except -1
+    cdef bint add(self, uint32_t id, const Decision *decision, int *undecided,
+                  uint32_t *flight) except -1
+    cdef int flush(self) except -1
+    cdef int raise_late_error(self) except -1
+    cdef bint failed(self, uint32_t flight) noexcept
+    cdef int refused(self, uint32_t sequence, int error) noexcept
+    cdef int close(self) except -1

@@ -1,0 +1,363 @@
+"""Verdicts that wait to be sent, and the helper thread that bounds how long they wait."""
+from libc.errno cimport EINTR, EPERM, errno
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc, realloc
+
+from netfilterqueue._channel cimport DEBUG, alive_now, os_error
+from netfilterqueue._nfqueue cimport Decision, decision_size, encode_verdict
+from netfilterqueue._uapi cimport (
+    CLOCK_MONOTONIC, MSG_NOSIGNAL, SIG_SETMASK, clock_gettime, clock_time, pthread_atfork,
+    pthread_cond_destroy, pthread_cond_init, pthread_cond_signal, pthread_cond_timedwait,
+    pthread_cond_wait, pthread_condattr_destroy, pthread_condattr_init, pthread_condattr_setclock,
+    pthread_condattr_t, pthread_create, pthread_join, pthread_mutex_destroy, pthread_mutex_init,
+    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, pthread_setname_np, pthread_sigmask,
+    send, sigfillset, sigset_t,
+)
+
+cdef enum:
+    # A send of less than a page is allocated from the kernel's fast caches.
+    FULL = 3584
+    # Ticks without a pending verdict after which the helper sleeps without a timer.
+    PATIENCE = 32
+
+
+cdef class Outbox:
+
+    def __cinit__(self, int fd, uint16_t queue_num, double delay):
+        cdef Waiting *waiting = <Waiting *> calloc(1, sizeof(Waiting))
+        if waiting is NULL:
+            raise MemoryError()
+        waiting.fd = fd
+        waiting.fill = <char *> malloc(FULL)
+        waiting.spare = <char *> malloc(FULL)
+        waiting.capacity = waiting.spare_capacity = FULL
+        waiting.period = <int64_t> (delay * 1e9 / 2)
+        make_locks(waiting)
+        self.waiting = waiting
+        self.queue_num = queue_num
+        enlist(waiting)
+        if waiting.fill is NULL or waiting.spare is NULL:
+            raise MemoryError()
+
+    def __dealloc__(self):
+        if self.waiting is not NULL:
+            with nogil:
+                stop_helper(self.waiting)
+                delist(self.waiting)
+                dispose(self.waiting)
+
+    cdef int start_helper(self) except -1:
+        """Make sure that the helper runs; called when the first read of several packets came."""
+        if not self.waiting.running and self.waiting.period > 0 and not self.closed:
+            start(self.waiting)
+        return 0
+
+    cdef bint make_room(self, const Decision *decision) except -1:
+        """Send what is pending if the decision would not fit into the same send. True: it was
+        sent, and other threads may have run meanwhile."""
+        cdef Waiting *waiting = self.waiting
+        self.raise_late_error()
+        if waiting.length and waiting.length + decision_size(decision) > FULL:
+            self.flush()
+            return True
+        return False
+
+    cdef bint add(self, uint32_t id, const Decision *decision, int *undecided,
+                  uint32_t *flight) except -1:
+        """Take a verdict in. True: the caller must call flush() as soon as it has noted that the
+        packet is decided. Keeps the GIL, so that nobody decides the same packet meanwhile.
+
+        ``undecided`` counts the packets of the same read that wait for a verdict, this one
+        included; ``flight`` receives the number by which failed() tells whether it was sent.
+        """
+        cdef size_t size = decision_size(decision)
+        cdef Waiting *waiting = self.waiting
+        cdef bint now
+        pthread_mutex_lock(&waiting.lock)
+        if not reserve(waiting, size):
+            pthread_mutex_unlock(&waiting.lock)
+            raise MemoryError(f"no memory for a verdict of {size} bytes")
+        flight[0] = waiting.flight
+        undecided[0] -= 1
+        # Without a helper nobody else would send it in time.
+        now = undecided[0] <= 0 or not waiting.running
+        if not waiting.length:
+            waiting.stamp = waiting.tick
+            if waiting.parked and not now:
+                waiting.parked = False
+                pthread_cond_signal(&waiting.wakeup)
+        waiting.length += encode_verdict(waiting.fill + waiting.length, self.queue_num, id,
+                                         decision, waiting.flight | <uint32_t> VERDICT_SEQUENCE)
+        pthread_mutex_unlock(&waiting.lock)
+        return now
+
+    cdef int flush(self) except -1:
+        """Send what is pending."""
+        cdef int error
+        if not self.waiting.length:
+            return 0
+        with nogil:
+            error = send_pending(self.waiting)
+        if error:
+            raise os_error(error, "cannot send verdicts to the kernel; "
+                                  "the packets concerned are still undecided")
+        return 0
+
+    cdef int raise_late_error(self) except -1:
+        """Raise the error of a send that no caller waited for."""
+        cdef int error = self.waiting.late_error
+        if error:
+            self.waiting.late_error = 0
+            raise os_error(error, "cannot send verdicts given earlier to the kernel; "
+                                  "the packets concerned are still undecided")
+        return 0
+
+    cdef bint failed(self, uint32_t flight) noexcept:
+        cdef size_t pair
+        for pair in range(self.waiting.failures):
+            if self.waiting.failed[2 * pair] <= flight <= self.waiting.failed[2 * pair + 1]:
+                return True
+        return False
+
+    cdef int refused(self, uint32_t sequence, int error) noexcept:
+        """Take the kernel's word that it refused a verdict."""
+        if error == EPERM:
+            # It looked no further than at the sender's rights, and refused the whole send.
+            pthread_mutex_lock(&self.waiting.lock)
+            note_failure(self.waiting, sequence & ~<uint32_t> VERDICT_SEQUENCE)
+            self.waiting.late_error = error
+            pthread_mutex_unlock(&self.waiting.lock)
+        return 0
+
+    cdef int close(self) except -1:
+        """Send what is pending and take no more."""
+        self.closed = True
+        try:
+            self.flush()
+            self.raise_late_error()
+        finally:
+            with nogil:
+                stop_helper(self.waiting)
+        return 0
+
+
+# What follows runs without the GIL.
+
+cdef void make_locks(Waiting *waiting) noexcept nogil:
+    cdef pthread_condattr_t attributes
+    pthread_condattr_init(&attributes)
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC)
+    pthread_cond_init(&waiting.wakeup, &attributes)
+    pthread_condattr_destroy(&attributes)
+    pthread_mutex_init(&waiting.lock, NULL)
+    pthread_mutex_init(&waiting.wire, NULL)
+
+
+cdef void dispose(Waiting *waiting) noexcept nogil:
+    pthread_cond_destroy(&waiting.wakeup)
+    pthread_mutex_destroy(&waiting.lock)
+    pthread_mutex_destroy(&waiting.wire)
+    free(waiting.failed)
+    free(waiting.spare)
+    free(waiting.fill)
+    free(waiting)
+
+
+cdef bint reserve(Waiting *waiting, size_t size) noexcept nogil:
+    cdef char *grown
+    if waiting.length + size > waiting.capacity:
+        grown = <char *> realloc(waiting.fill, waiting.length + size)
+        if grown is NULL:
+            return False
+        waiting.fill = grown
+        waiting.capacity = waiting.length + size
+    return True
+
+
+cdef int send_pending(Waiting *waiting) noexcept nogil:
+    """Send what is pending; 0 or errno."""
+    cdef char *messages
+    cdef size_t length
+    cdef uint32_t flight
+    cdef int error = 0
+    pthread_mutex_lock(&waiting.wire)
+    pthread_mutex_lock(&waiting.lock)
+    messages = waiting.fill
+    length = waiting.length
+    flight = waiting.flight
+    # Others go on with the second buffer meanwhile.
+    waiting.fill = waiting.spare
+    waiting.spare = messages
+    waiting.capacity, waiting.spare_capacity = waiting.spare_capacity, waiting.capacity
+    waiting.length = 0
+    if length:
+        # Sequence numbers of verdicts have one bit less than a flight's number would.
+        waiting.flight = (flight + 1) & ~<uint32_t> VERDICT_SEQUENCE
+    pthread_mutex_unlock(&waiting.lock)
+    while length and waiting.fd >= 0 and send(waiting.fd, messages, length, MSG_NOSIGNAL) < 0:
+        error = errno
+        if error != EINTR:
+            break
+        error = 0
+    if error:
+        pthread_mutex_lock(&waiting.lock)
+        note_failure(waiting, flight)
+        pthread_mutex_unlock(&waiting.lock)
+    pthread_mutex_unlock(&waiting.wire)
+    return error
+
+
+cdef void note_failure(Waiting *waiting, uint32_t flight) noexcept nogil:
+    cdef uint32_t *grown
+    if waiting.failures and waiting.failed[2 * waiting.failures - 1] == flight:
+        return
+    # Failures come in runs, so that a pair of numbers stands for many of them.
+    if waiting.failures and waiting.failed[2 * waiting.failures - 1] + 1 == flight:
+        waiting.failed[2 * waiting.failures - 1] = flight
+        return
+    grown = <uint32_t *> realloc(waiting.failed, (waiting.failures + 1) * 2 * sizeof(uint32_t))
+    if grown is NULL:
+        return
+    waiting.failed = grown
+    grown[2 * waiting.failures] = flight
+    grown[2 * waiting.failures + 1] = flight
+    waiting.failures += 1
+
+
+# The helper. While verdicts come and go it wakes every half of the delay and sends what it has
+# seen at two ticks running, which is thus never older than the delay. Nobody needs to wake it
+# then, nor to read a clock for each verdict. After a while without any it parks, and the next
+# verdict that is not sent at once wakes it.
+
+cdef void start(Waiting *waiting) noexcept nogil:
+    cdef sigset_t all_signals, before
+    # Python's signal handlers belong on Python's threads.
+    sigfillset(&all_signals)
+    pthread_sigmask(SIG_SETMASK, &all_signals, &before)
+    waiting.ending = False
+    waiting.parked = False
+    # Without a helper every verdict is sent at once: slower, and as right.
+    if pthread_create(&waiting.helper, NULL, help_sending, waiting) == 0:
+        waiting.running = True
+        pthread_setname_np(waiting.helper, b"nfqueue-verdict")
+        if DEBUG:
+            alive_now.helpers += 1
+    pthread_sigmask(SIG_SETMASK, &before, NULL)
+
+
+cdef void stop_helper(Waiting *waiting) noexcept nogil:
+    pthread_mutex_lock(&waiting.lock)
+    if not waiting.running:
+        pthread_mutex_unlock(&waiting.lock)
+        return
+    # Claimed under the lock: of two threads that stop it at the same time only one joins it.
+    waiting.running = False
+    waiting.ending = True
+    pthread_cond_signal(&waiting.wakeup)
+    pthread_mutex_unlock(&waiting.lock)
+    pthread_join(waiting.helper, NULL)
+    if DEBUG:
+        alive_now.helpers -= 1
+
+
+cdef void *help_sending(void *argument) noexcept nogil:
+    cdef Waiting *waiting = <Waiting *> argument
+    cdef int quiet = 0
+    cdef int error
+    pthread_mutex_lock(&waiting.lock)
+    while not waiting.ending:
+        if quiet >= PATIENCE and not waiting.length:
+            waiting.parked = True
+            while waiting.parked and not waiting.ending:
+                pthread_cond_wait(&waiting.wakeup, &waiting.lock)
+            quiet = 0
+            continue
+        sleep_a_period(waiting)
+        waiting.tick += 1
+        quiet = 0 if waiting.length else quiet + 1
+        if waiting.length and waiting.tick - waiting.stamp >= 2:
+            pthread_mutex_unlock(&waiting.lock)
+            error = send_pending(waiting)
+            pthread_mutex_lock(&waiting.lock)
+            if error:
+                waiting.late_error = error
+    pthread_mutex_unlock(&waiting.lock)
+    return NULL
+
+
+cdef void sleep_a_period(Waiting *waiting) noexcept nogil:
+    cdef clock_time deadline
+    cdef int64_t nanoseconds
+    clock_gettime(CLOCK_MONOTONIC, &deadline)
+    nanoseconds = deadline.tv_nsec + waiting.period
+    deadline.tv_sec += nanoseconds // 1000000000
+    deadline.tv_nsec = nanoseconds % 1000000000
+    pthread_cond_timedwait(&waiting.wakeup, &waiting.lock, &deadline)
+
+
+# fork(). The child gets the memory but not the helper, and a lock could be held at that moment by
+# a thread that it does not get either. So all helpers end before a fork, and start again in the
+# parent with the next read of several packets; what the parent had pending the parent sends.
+
+cdef pthread_mutex_t roll_lock
+cdef Waiting *roll = NULL
+
+cdef void enlist(Waiting *waiting) noexcept nogil:
+    global roll
+    pthread_mutex_lock(&roll_lock)
+    waiting.next = roll
+    if roll is not NULL:
+        roll.previous = waiting
+    roll = waiting
+    pthread_mutex_unlock(&roll_lock)
+
+
+cdef void delist(Waiting *waiting) noexcept nogil:
+    global roll
+    pthread_mutex_lock(&roll_lock)
+    if waiting.previous is NULL:
+        roll = waiting.next
+    else:
+        waiting.previous.next = waiting.next
+    if waiting.next is not NULL:
+        waiting.next.previous = waiting.previous
+    pthread_mutex_unlock(&roll_lock)
+
+
+cdef void before_fork() noexcept nogil:
+    cdef Waiting *waiting
+    pthread_mutex_lock(&roll_lock)
+    waiting = roll
+    while waiting is not NULL:
+        stop_helper(waiting)
+        send_pending_late(waiting)
+        waiting = waiting.next
+
+
+cdef void send_pending_late(Waiting *waiting) noexcept nogil:
+    # With the helper gone, nothing would bound how long these wait in the parent.
+    cdef int error = send_pending(waiting)
+    if error:
+        pthread_mutex_lock(&waiting.lock)
+        waiting.late_error = error
+        pthread_mutex_unlock(&waiting.lock)
+
+
+cdef void after_fork_in_parent() noexcept nogil:
+    pthread_mutex_unlock(&roll_lock)
+
+
+cdef void after_fork_in_child() noexcept nogil:
+    cdef Waiting *waiting = roll
+    while waiting is not NULL:
+        make_locks(waiting)
+        waiting.length = 0
+        waiting.running = False
+        waiting.late_error = 0
+        waiting = waiting.next
+    pthread_mutex_init(&roll_lock, NULL)
+
+
+pthread_mutex_init(&roll_lock, NULL)
+if pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child) != 0:
+    raise MemoryError("no memory to register fork handlers")
