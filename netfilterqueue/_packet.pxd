@@ -1,0 +1,52 @@
+"""Packets, and the reads that they came with."""
+from libc.stdint cimport uint32_t, uint64_t
+
+from netfilterqueue._channel cimport Slab
+from netfilterqueue._netlink cimport Cursor
+from netfilterqueue._nfqueue cimport Decision, PacketFields
+from netfilterqueue._outbox cimport Outbox
+from netfilterqueue._uapi cimport nlmsghdr
+
+
+cdef struct Tally:
+    uint64_t foreign            # messages that are no packets
+    uint64_t malformed          # packet messages without a readable header
+    uint64_t skipped            # attributes that are broken or unknown
+
+
+cdef class Packet
+
+
+cdef class Batch:
+    """The packets of one read, handed out one by one."""
+    cdef Slab slab              # None once all packets are handed out
+    cdef Outbox outbox          # of the binding that they came for
+    cdef object owner           # the queue: it must live while a packet of its does
+    cdef int undecided          # packets without a verdict, those not handed out included
+    cdef int remaining          # messages not looked at
+    cdef int slot               # next datagram
+    cdef Cursor rest            # of the datagram at hand
+
+    cdef Packet next(self, Tally *tally)
+    cdef Packet unwrap(self, const nlmsghdr *message, size_t length, Tally *tally)
+    cdef int end(self) except -1
+
+
+cdef class Packet:
+    cdef Batch batch            # None: made by nobody who may
+    cdef Slab slab              # whose bytes fields.payload borrows; None once they may be reused
+    cdef PacketFields fields
+    cdef bytes retained         # payload kept by retain()
+    cdef bytes replacement      # payload given by set_payload()
+    cdef uint32_t new_mark
+    cdef bint has_new_mark
+    cdef bint decided           # unless that flight failed, see is_decided()
+    cdef uint32_t given         # the verdict, once decided
+    cdef uint32_t flight        # number of the send that carries it
+
+    cdef int keep_payload(self) except -1
+    cdef int end_borrowing(self) except -1
+    cdef bytes any_payload(self)
+    cdef bint is_decided(self) noexcept
+    cdef int decide(self, uint32_t verdict) except -1
+    cdef int send_decision(self, const Decision *decision) except -1

@@ -1,0 +1,417 @@
+"""``Packet`` and ``Batch``: what came with one read, decoded, and the verdicts on it."""
+cimport cython
+from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES, PyBUF_WRITABLE
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.object cimport PyTypeObject
+from libc.stdint cimport uint8_t, uint32_t
+from libc.string cimport memset
+
+from netfilterqueue._channel cimport DEBUG, Slab, alive_now
+from netfilterqueue._netlink cimport Cursor, next_message
+from netfilterqueue._nfqueue cimport Decision, MAX_PAYLOAD, decode_packet, is_packet
+from netfilterqueue._outbox cimport Outbox
+from netfilterqueue._uapi cimport NLMSG_MIN_TYPE, nlmsghdr
+
+from netfilterqueue.constants import PROTOCOLS, Verdict
+
+# The verdicts that a packet's methods give, as C integers.
+cdef uint32_t ACCEPT = Verdict.ACCEPT
+cdef uint32_t DROP = Verdict.DROP
+cdef uint32_t REPEAT = Verdict.REPEAT
+
+# How the struct module writes the items of a payload, for Py_buffer.
+cdef char *UNSIGNED_BYTES = "B"
+
+
+@cython.final
+cdef class Batch:
+
+    def __cinit__(self, Slab slab not None, Outbox outbox not None, owner):
+        self.slab = slab
+        self.outbox = outbox
+        self.owner = owner
+        self.undecided = self.remaining = slab.messages
+        self.rest = slab.datagram(0)
+
+    cdef Packet next(self, Tally *tally):
+        """The next packet, or None when all have been handed out."""
+        cdef const nlmsghdr *message
+        cdef size_t length
+        cdef Packet packet
+        while self.remaining:
+            message = next_message(&self.rest, &length)
+            if message is NULL:
+                self.slot += 1
+                self.rest = self.slab.datagram(self.slot)
+                continue
+            if message.nlmsg_type < NLMSG_MIN_TYPE:
+                continue
+            packet = self.unwrap(message, length, tally)
+            self.remaining -= 1
+            if not self.remaining:
+                self.end()
+            if packet is not None:
+                return packet
+            self.undecided -= 1
+        return None
+
+    cdef Packet unwrap(self, const nlmsghdr *message, size_t length, Tally *tally):
+        """The packet in a message; None, and one more in the tally, where there is none."""
+        cdef Packet packet
+        if not is_packet(message):
+            tally.foreign += 1
+            return None
+        packet = Packet.__new__(Packet)
+        if not decode_packet(message, length, &packet.fields, &tally.skipped):
+            tally.malformed += 1
+            return None
+        packet.batch = self
+        packet.slab = self.slab
+        self.slab.users += 1
+        return packet
+
+    cdef int end(self) except -1:
+        """Give the slab back; packets not handed out are forgotten."""
+        self.remaining = 0
+        if self.slab is not None:
+            self.slab.users -= 1
+            self.slab = None
+        return 0
+
+
+@cython.final
+@cython.freelist(256)
+cdef class Packet:
+    """A packet that waits in the kernel for a verdict.
+
+    A queue makes packets and hands them to its callback; they cannot be constructed. Attributes
+    stay readable for as long as the object lives. The payload starts with the network header
+    (IPv4, IPv6, …). It is borrowed from the receive buffer while the callback runs; what is to be
+    read later must be kept by retain() or by a memoryview.
+
+    ``memoryview(packet)`` is the payload without a copy: read-only, and valid for as long as the
+    view exists. ``bytes(packet)`` and ``len(packet)`` are its copy and its length in bytes.
+
+    Any thread may decide any packet.
+    """
+
+    def __cinit__(self):
+        if DEBUG:
+            alive_now.packets += 1
+
+    def __init__(self, *args, **kwargs):
+        raise TypeError("packets come from a NetfilterQueue and cannot be constructed; "
+                        "for tests there is netfilterqueue.testing.packet()")
+
+    def __dealloc__(self):
+        if DEBUG:
+            alive_now.packets -= 1
+        if self.slab is not None:
+            self.slab.users -= 1
+        if not self.decided and self.batch is not None:
+            # It can never be decided: the others of its read need not wait for it.
+            self.batch.undecided -= 1
+
+    # What the kernel said
+
+    @property
+    def id(self):
+        """The kernel's number for this packet in its queue, counting from 1 (NFQA_PACKET_HDR)."""
+        return self.fields.id
+
+    @property
+    def queue_num(self):
+        """The number of the queue that it came from."""
+        return self.fields.queue_num
+
+    @property
+    def hw_protocol(self):
+        """The link layer's protocol number: 0x0800 for IPv4, 0x86DD for IPv6 (NFQA_PACKET_HDR)."""
+        return self.fields.hw_protocol
+
+    @property
+    def hook(self):
+        """The netfilter hook that queued it, a value of ``Hook`` (NFQA_PACKET_HDR)."""
+        return self.fields.hook
+
+    @property
+    def mark(self):
+        """The mark that it came with; set_mark() does not change it (NFQA_MARK)."""
+        return self.fields.mark
+
+    @property
+    def indev(self):
+        """The input interface's index, 0 where there is none (NFQA_IFINDEX_INDEV)."""
+        return self.fields.indev
+
+    @property
+    def outdev(self):
+        """The output interface's index, 0 where there is none (NFQA_IFINDEX_OUTDEV)."""
+        return self.fields.outdev
+
+    @property
+    def physindev(self):
+        """The input port's index of a bridged packet, else 0 (NFQA_IFINDEX_PHYSINDEV)."""
+        return self.fields.physindev
+
+    @property
+    def physoutdev(self):
+        """The output port's index of a bridged packet, else 0 (NFQA_IFINDEX_PHYSOUTDEV)."""
+        return self.fields.physoutdev
+
+    def get_hw(self):
+        """The source's hardware address as bytes, six on Ethernet; None where there is none, as on
+        the OUTPUT hook (NFQA_HWADDR)."""
+        if not self.fields.hw_length:
+            return None
+        return PyBytes_FromStringAndSize(<const char *> self.fields.hw_address,
+                                         self.fields.hw_length)
+
+    def get_timestamp(self):
+        """When the kernel received it, in seconds since the epoch as time.time() counts them, with
+        microseconds; 0.0 where there is no time stamp, as on OUTPUT and POSTROUTING
+        (NFQA_TIMESTAMP)."""
+        return <double> self.fields.seconds + <double> self.fields.microseconds * 1e-6
+
+    # The payload
+
+    def get_payload(self):
+        """The payload as bytes: what set_payload() was given, else what retain() kept, else the
+        packet's own.
+
+        Raises RuntimeError where there is none (COPY_META), and after the callback has returned
+        if the payload was not retained.
+        """
+        cdef bytes payload = self.any_payload()
+        if payload is not None:
+            return payload
+        return PyBytes_FromStringAndSize(self.fields.payload, self.fields.payload_length)
+
+    def get_payload_len(self):
+        """The payload's length in bytes: after set_payload(), the new one's."""
+        return len(self)
+
+    def retain(self):
+        """Keep a copy of the payload for use after the callback. Can be repeated; after
+        set_payload() it keeps the new bytes. Raises RuntimeError as get_payload() does."""
+        self.retained = self.get_payload()
+
+    def set_payload(self, payload):
+        """Let the packet go on with these bytes, any bytes-like object of 1 to 65531 bytes that
+        starts with the network header, once it is accepted (NFQA_PAYLOAD). None: with its own.
+
+        Lengths and checksums in the headers are up to the caller. Raises TypeError for what is
+        not bytes-like and ValueError for a wrong length.
+        """
+        cdef bytes replacement = None
+        if payload is not None:
+            replacement = payload if type(payload) is bytes else bytes(memoryview(payload))
+            if not 1 <= len(replacement) <= MAX_PAYLOAD:
+                raise ValueError(f"a payload of {len(replacement)} bytes cannot be set: "
+                                 f"it must have 1 to {MAX_PAYLOAD}; use drop() to discard a packet")
+        self.replacement = replacement
+
+    def __len__(self):
+        if self.replacement is not None:
+            return len(self.replacement)
+        return self.fields.payload_length
+
+    def __bytes__(self):
+        return self.get_payload()
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        cdef bytes payload = self.any_payload()
+        if flags & PyBUF_WRITABLE:
+            raise BufferError("a packet's payload is read-only; give a new one to set_payload()")
+        # The exporter is who owns the bytes, not the packet: they are safe for as long as the
+        # view lives, whatever is done to the packet meanwhile.
+        if payload is not None:
+            view.obj = payload
+            view.buf = PyBytes_AS_STRING(payload)
+            view.len = PyBytes_GET_SIZE(payload)
+        else:
+            self.slab.users += 1
+            view.obj = self.slab
+            view.buf = <void *> self.fields.payload
+            view.len = self.fields.payload_length
+        view.readonly = True
+        view.itemsize = 1
+        view.format = UNSIGNED_BYTES if flags & PyBUF_FORMAT else NULL
+        view.ndim = 1
+        view.shape = &view.len if flags & PyBUF_ND else NULL
+        view.strides = &view.itemsize if flags & PyBUF_STRIDES == PyBUF_STRIDES else NULL
+        view.suboffsets = NULL
+        view.internal = NULL
+
+    cdef bytes any_payload(self):
+        """The payload where it is bytes of its own, None where it is still borrowed."""
+        if self.replacement is not None:
+            return self.replacement
+        if self.retained is not None:
+            return self.retained
+        if self.fields.payload is NULL:
+            raise RuntimeError(
+                "Packet has no payload -- perhaps you're using COPY_META mode?")
+        if self.slab is None:
+            raise RuntimeError(
+                "Payload data is no longer available. You must call retain() within the "
+                "user_callback in order to copy the payload if you need to expect it after your "
+                "callback has returned.")
+        return None
+
+    cdef int keep_payload(self) except -1:
+        """Have the payload, if there is any, outlive the read."""
+        if self.slab is not None and self.fields.payload is not NULL:
+            self.retained = PyBytes_FromStringAndSize(self.fields.payload,
+                                                      self.fields.payload_length)
+        return self.end_borrowing()
+
+    cdef int end_borrowing(self) except -1:
+        """The bytes in the slab may be used again from now on."""
+        if self.slab is not None:
+            self.slab.users -= 1
+            self.slab = None
+        return 0
+
+    def __str__(self):
+        cdef bytes payload
+        try:
+            payload = self.get_payload()
+        except RuntimeError:
+            return f"{len(self)} byte packet, contents unretained"
+        protocol = PROTOCOLS.get(upper_protocol(payload, PyBytes_GET_SIZE(payload)),
+                                 "Unknown protocol")
+        return f"{protocol} packet, {len(payload)} bytes"
+
+    # Changes, and the verdict that carries them out
+
+    def get_mark(self):
+        """The mark given by set_mark(), else the one that the packet came with."""
+        return self.new_mark if self.has_new_mark else self.fields.mark
+
+    def set_mark(self, mark):
+        """Give the packet a mark of 32 bits, for later rules to match; the verdict sets it
+        (NFQA_MARK). Raises OverflowError outside 0..4294967295 and TypeError for no integer."""
+        if not isinstance(mark, int):
+            raise TypeError(f"a mark is an integer, not {type(mark).__name__}")
+        if not 0 <= mark <= 0xFFFFFFFF:
+            raise OverflowError(f"mark {mark} does not fit into 32 bits: use 0 to 4294967295")
+        self.new_mark = mark
+        self.has_new_mark = True
+
+    @property
+    def verdict(self):
+        """The ``Verdict`` given, None as long as there is none."""
+        return Verdict(self.given) if self.is_decided() else None
+
+    def accept(self):
+        """Let the packet go on, with the payload and the mark set (NF_ACCEPT).
+
+        Like drop() and repeat(): RuntimeError if a verdict has been given or the queue has been
+        unbound, OSError if sending fails; the packet then counts as undecided.
+        """
+        self.decide(ACCEPT)
+
+    def drop(self):
+        """Discard the packet (NF_DROP). Raises as accept() does."""
+        self.decide(DROP)
+
+    def repeat(self):
+        """Send the packet through the rules of this hook once more, with the payload and the mark
+        set (NF_REPEAT). Nothing else keeps it from coming back here. Raises as accept() does."""
+        self.decide(REPEAT)
+
+    cdef bint is_decided(self) noexcept:
+        return self.decided and not self.batch.outbox.failed(self.flight)
+
+    cdef int decide(self, uint32_t verdict) except -1:
+        cdef Decision decision
+        decision.verdict = verdict
+        decision.mark = self.new_mark
+        decision.has_mark = self.has_new_mark
+        decision.payload = NULL
+        decision.payload_length = 0
+        if self.replacement is not None:
+            decision.payload = PyBytes_AS_STRING(self.replacement)
+            decision.payload_length = <uint32_t> PyBytes_GET_SIZE(self.replacement)
+        return self.send_decision(&decision)
+
+    cdef int send_decision(self, const Decision *decision) except -1:
+        cdef Outbox outbox
+        cdef bint now
+        if self.batch is None:
+            raise RuntimeError("this packet came from no queue")
+        outbox = self.batch.outbox
+        while True:
+            if self.is_decided():
+                raise RuntimeError("Verdict already given for this packet")
+            if outbox.closed:
+                raise RuntimeError("Parent queue has already been unbound")
+            # Making room may let other threads run, which may decide this packet.
+            if not outbox.make_room(decision):
+                break
+        now = outbox.add(self.fields.id, decision, &self.batch.undecided, &self.flight)
+        self.decided = True
+        self.given = decision.verdict
+        if now:
+            outbox.flush()
+        return 0
+
+
+cdef int upper_protocol(const uint8_t *packet, Py_ssize_t length) noexcept nogil:
+    """The number of the protocol that an IPv4 or IPv6 packet carries, -1 where there is none."""
+    cdef Py_ssize_t offset = 40
+    cdef Py_ssize_t size
+    cdef int protocol
+    if length >= 20 and packet[0] >> 4 == 4:
+        return packet[9]
+    if length < 40 or packet[0] >> 4 != 6:
+        return -1
+    protocol = packet[6]
+    # Extension headers (RFC 8200 section 4; hop by hop, routing, fragment, authentication,
+    # destination, mobility, HIP, shim6) begin with the next one's number and their own length:
+    # in words of 8 bytes without the first, but for two.
+    while protocol in (0, 43, 44, 51, 60, 135, 139, 140) and offset + 8 <= length:
+        size = 8 * (packet[offset + 1] + 1)
+        if protocol == 44:
+            size = 8
+        elif protocol == 51:
+            size = 4 * (packet[offset + 1] + 2)
+        protocol = packet[offset]
+        offset += size
+    return protocol
+
+
+def packets_from(datagrams, *, int fd=-1, double verdict_delay=0.001):
+    """Decode datagrams, bytes-like objects, as if one read had brought them.
+
+    Returns the list of their packets and a dict that counts what was skipped. Their verdicts go
+    to the datagram socket ``fd``, with -1 nowhere: this is how the wire format is tested without
+    a kernel, and how netfilterqueue.testing makes packets.
+    """
+    cdef list contents = [bytes(memoryview(datagram)) for datagram in datagrams]
+    cdef Slab slab = Slab(len(contents) or 1, max(map(len, contents), default=0) or 1)
+    cdef Outbox outbox = Outbox(fd, 0, verdict_delay)
+    cdef Tally tally
+    cdef Batch batch
+    cdef Packet packet
+    cdef bytes content
+    cdef list packets = []
+    memset(&tally, 0, sizeof(tally))
+    slab.users = 1
+    for content in contents:
+        slab.put(content)
+    slab.take_stock(None)
+    batch = Batch(slab, outbox, None)
+    if batch.undecided > 1:
+        outbox.start_helper()
+    while True:
+        packet = batch.next(&tally)
+        if packet is None:
+            return packets, dict(tally)
+        packet.keep_payload()
+        packets.append(packet)
+
+
+# Users know the class by the package's name, not the extension's.
+(<PyTypeObject *> Packet).tp_name = b"netfilterqueue.Packet"
