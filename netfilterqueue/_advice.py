@@ -1,0 +1,59 @@
+"""Errors of the kernel, put so that the reader knows what to do."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+# Of the calling thread's network namespace, which need not be the socket's.
+KERNEL_QUEUES = Path("/proc/thread-self/net/netfilter/nfnetlink_queue")
+
+CAPABILITY = (
+    "CAP_NET_ADMIN is needed in the socket's network namespace: run as root, give the interpreter "
+    "the capability (setcap cap_net_admin+ep), or work in a user and network namespace of your own "
+    "(unshare --user --map-root-user --net)"
+)
+
+
+def holder_of(queue_num: int) -> int | None:
+    """The port id that has this queue bound, or None where it cannot be known."""
+    try:
+        rows = KERNEL_QUEUES.read_text().splitlines()
+    except OSError:
+        return None
+    for row in rows:
+        fields = row.split()
+        if len(fields) >= 2 and fields[0] == str(queue_num):
+            return int(fields[1])
+    return None
+
+
+def name_of(port_id: int) -> str:
+    """The first socket of a process has its process id for a port id."""
+    try:
+        command = Path(f"/proc/{port_id}/comm").read_text().strip()
+    except OSError:
+        return f"port id {port_id}"
+    return f"port id {port_id}, probably process {port_id} ({command})"
+
+
+def bind_refused(queue_num: int, error: int) -> OSError:
+    """The exception for a refused bind request; PermissionError where errno is EPERM."""
+    holder = holder_of(queue_num) if error in (errno.EPERM, errno.EBUSY) else None
+    if holder is not None:
+        why = f"the number is taken by {name_of(holder)}; end that program or use another number"
+    elif error == errno.EBUSY:
+        why = "the number is taken; use another, or end the program that holds it"
+    elif error == errno.EPERM:
+        why = f"{CAPABILITY}, unless another program holds the number there"
+    elif error == errno.EINVAL:
+        why = "the kernel lacks NFQUEUE: load it with modprobe nfnetlink_queue"
+    else:
+        why = os.strerror(error)
+    return OSError(error, f"Failed to create queue {queue_num}: {why}")
+
+
+def unbind_refused(queue_num: int, error: int) -> OSError:
+    why = CAPABILITY if error == errno.EPERM else os.strerror(error)
+    return OSError(error, f"Failed to unbind queue {queue_num}: {why}")

@@ -1,0 +1,97 @@
+"""Checks of what users pass to ``bind``, before anything is sent to the kernel."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any, Callable, NamedTuple
+
+from netfilterqueue.constants import COPY_META, COPY_NONE, COPY_PACKET
+
+MAX_UINT32 = 0xFFFFFFFF
+MAX_INT = 0x7FFFFFFF
+# recvmmsg(2) takes no more (UIO_MAXIOV).
+MAX_BATCH = 1024
+MAX_VERDICT_DELAY = 3600.0
+
+
+class Binding(NamedTuple):
+    """What ``bind`` was asked for, checked."""
+
+    queue_num: int
+    callback: Callable[..., Any] | None
+    max_len: int
+    mode: int
+    copy_range: int
+    sock_len: int
+    timestamps: bool
+    batch: int
+    verdict_delay: float
+
+
+def integer(name: str, value: Any, lowest: int, highest: int) -> int:
+    """The value as an int; TypeError or ValueError that name it where it is none or outside."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, not {type(value).__name__}") from None
+    if not lowest <= number <= highest:
+        raise ValueError(f"{name} is {number}, but must be from {lowest} to {highest}")
+    return number
+
+
+def seconds(name: str, value: Any, highest: float) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{name} must be a number of seconds, not {type(value).__name__}"
+        ) from None
+    if math.isnan(number) or not 0 <= number <= highest:
+        raise ValueError(f"{name} is {number} seconds, but must be from 0 to {highest:g}")
+    return number
+
+
+def copy_mode(value: Any) -> int:
+    if value not in (COPY_NONE, COPY_META, COPY_PACKET):
+        raise ValueError(
+            f"mode is {value!r}, but must be COPY_NONE (0), COPY_META (1) or COPY_PACKET (2)"
+        )
+    return int(value)
+
+
+def one_callback(user_callback: Any, callback: Any) -> Any:
+    """The callback under either of the names that programs use for it."""
+    if user_callback is not None and callback is not None:
+        raise TypeError("bind() got two callbacks: user_callback and callback are the same argument")
+    chosen = user_callback if callback is None else callback
+    if chosen is not None and not callable(chosen):
+        raise TypeError(
+            f"the callback must be callable with one argument, the packet; got {chosen!r}"
+        )
+    return chosen
+
+
+def check_bind(
+    queue_num: Any,
+    user_callback: Any,
+    max_len: Any,
+    mode: Any,
+    copy_range: Any,
+    sock_len: Any,
+    callback: Any,
+    timestamps: Any,
+    batch: Any,
+    verdict_delay: Any,
+) -> Binding:
+    return Binding(
+        queue_num=integer("queue_num", queue_num, 0, 0xFFFF),
+        callback=one_callback(user_callback, callback),
+        max_len=integer("max_len", max_len, 1, MAX_UINT32),
+        mode=copy_mode(mode),
+        copy_range=integer("range", copy_range, 0, MAX_UINT32),
+        sock_len=integer("sock_len", sock_len, 0, MAX_INT),
+        timestamps=bool(timestamps),
+        batch=integer("batch", batch, 1, MAX_BATCH),
+        verdict_delay=seconds("verdict_delay", verdict_delay, MAX_VERDICT_DELAY),
+    )
