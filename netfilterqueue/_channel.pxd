@@ -59,8 +59,10 @@ cdef class Channel:
     cdef readonly int fd        # -1 once closed
     cdef uint32_t sequence      # of the last request that awaits its answer
     cdef dict answers           # sequence number -> errno of the kernel's answer, or None as yet
-    cdef object answered        # Condition: another thread's read brought an answer
-    cdef int readers            # threads that are in a read
+    cdef int readers            # reads under way, those interrupted by a signal handler included
+    cdef int reading            # of them, those in the system call itself, or in another's recv()
+    cdef int waiters            # threads that wait for a read to end
+    cdef object news            # Condition: one did
     cdef unsigned int slots     # of the slabs to be made
     cdef size_t slot_size       # bytes
     cdef list slabs             # a small pool; those with users are passed over
@@ -72,10 +74,17 @@ cdef class Channel:
     cdef Slab spare_slab(self)
     cdef Slab receive(self, int flags)
     cdef int take(self, const nlmsghdr *message, size_t length) except -1
+    cdef int end_reading(self) except -1
+    cdef int await_readers(self) except -1
+    cdef int await_news(self, double deadline) except -1
     cdef int request(self, nlmsghdr *message) except -1
+    cdef int await_answer(self, uint32_t sequence) except -1
+    cdef int keep(self, Slab slab) except -1
     cdef int transmit(self, const nlmsghdr *message) except -1
     cdef int wake(self) except -1
     cdef int discard_pending(self) except -1
+    cdef int discard_arrived(self) except -1
+    cdef int forget_threads(self) except -1
     cdef int size_receive_buffer(self, int size) except -1
     cdef int stamp_packets(self, bint on) except -1
     cdef int close(self) except -1

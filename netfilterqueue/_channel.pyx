@@ -26,8 +26,13 @@ cdef enum:
     PAGE = 4096
     CACHE_LINE = 64
 
-# How long another thread may keep an answer that its read brought, in seconds.
-ANSWER_TIMEOUT = 5.0
+# How often a request is sent whose answer is lost to a full receive buffer.
+cdef enum:
+    TRIES = 3
+
+# Seconds for which a thread waits for what another thread has read, or for it to end its read.
+# Only a reader that is not this module's, or runs on this very thread, takes longer.
+PATIENCE = 1.0
 
 
 def alive():
@@ -135,7 +140,7 @@ cdef class Channel:
     def __cinit__(self, int sockfd=-1):
         self.fd = -1
         self.answers = {}
-        self.answered = threading.Condition()
+        self.news = threading.Condition()
         self.slabs = []
         self.arrived = []
         self.refusals = []
@@ -187,32 +192,59 @@ cdef class Channel:
     cdef Slab receive(self, int flags):
         """One read of as many datagrams as there are and fit; the slab is the caller's, who counts
         its users down. None where nothing is pending and the socket or the flags forbid waiting."""
-        cdef Slab slab = self.spare_slab()
+        cdef Slab slab
         cdef int count, error
-        slab.users = 1
+        # First of all: whoever wants to wake this thread looks whether there is a reader.
         self.readers += 1
         try:
+            slab = self.spare_slab()
             while True:
                 # The last moment before the wait: a signal that came earlier is handled now.
                 PyErr_CheckSignals()
+                self.reading += 1
+                slab.users += 1
                 with nogil:
                     count = recvmmsg(self.fd, slab.headers, slab.slots, flags | MSG_WAITFORONE, NULL)
                     error = errno
+                self.end_reading()
                 if count > 0:
                     slab.filled = count
                     slab.take_stock(self)
                     return slab
-                if error == EAGAIN:
-                    slab.users = 0
+                slab.users -= 1
+                if error == EAGAIN or self.fd < 0:
                     return None
                 # ENOBUFS needs no word: what was lost shows in the kernel's counters.
                 if error != EINTR and error != ENOBUFS:
                     raise os_error(error, "cannot read from the netlink socket")
-        except BaseException:
-            slab.users = 0
-            raise
         finally:
             self.readers -= 1
+
+    cdef int end_reading(self) except -1:
+        self.reading -= 1
+        if self.waiters:
+            with self.news:
+                self.news.notify_all()
+        return 0
+
+    cdef int await_readers(self) except -1:
+        """Make the threads that wait in a read return."""
+        deadline = time.monotonic() + PATIENCE
+        while self.reading > 0 and time.monotonic() < deadline:
+            self.wake()
+            self.await_news(deadline)
+        return 0
+
+    cdef int await_news(self, double deadline) except -1:
+        """Wait until another thread's read ends."""
+        cdef int reading = self.reading
+        self.waiters += 1
+        try:
+            with self.news:
+                self.news.wait_for(lambda: self.reading < reading, deadline - time.monotonic())
+        finally:
+            self.waiters -= 1
+        return 0
 
     cdef int take(self, const nlmsghdr *message, size_t length) except -1:
         """Note what one of netlink's own messages says."""
@@ -225,9 +257,7 @@ cdef class Channel:
             return 0
         error = -(<const nlmsgerr *> &message[1]).error
         if sequence in self.answers:
-            with self.answered:
-                self.answers[sequence] = error
-                self.answered.notify_all()
+            self.answers[sequence] = error
         elif error:
             self.refusals.append((sequence, error))
         return 0
@@ -240,56 +270,79 @@ cdef class Channel:
         """Send a message that asks for an acknowledgement and return the kernel's errno, 0 for
         success. Other messages that come meanwhile are kept in ``arrived``."""
         cdef uint32_t sequence
-        cdef Slab slab
-        # The kernel answers within the send, so waiting is for an answer that another thread's
-        # read brought and that this thread has yet to hear of.
+        cdef int attempt
         self.sequence = (self.sequence + 1) & 0x7FFFFFFF or 1
         sequence = self.sequence
         message.nlmsg_seq = sequence
         self.answers[sequence] = None
         try:
-            self.transmit(message)
-            deadline = time.monotonic() + ANSWER_TIMEOUT
-            while self.answers[sequence] is None:
-                slab = self.receive(MSG_DONTWAIT)
-                if slab is not None:
-                    self.keep(slab)
-                elif not self.readers and self.answers[sequence] is None:
-                    raise os_error(ENOBUFS, "the kernel's answer was lost to a full receive buffer")
-                elif time.monotonic() > deadline:
-                    raise os_error(ETIMEDOUT, "another reader of the socket kept the kernel's answer")
-                else:
-                    with self.answered:
-                        self.answered.wait_for(lambda: self.answers[sequence] is not None, 0.05)
-            return self.answers[sequence]
+            for attempt in range(TRIES):
+                self.transmit(message)
+                self.await_answer(sequence)
+                if self.answers[sequence] is not None:
+                    return self.answers[sequence]
+            raise os_error(ENOBUFS, "the kernel's answer was lost to a full receive buffer; "
+                                    "use a larger one (sock_len)")
         finally:
             del self.answers[sequence]
 
-    def keep(self, Slab slab):
+    cdef int await_answer(self, uint32_t sequence) except -1:
+        # The kernel answers within the send. So either the answer is in the socket, or another
+        # thread's read has brought it, or it is lost.
+        cdef Slab slab
+        deadline = time.monotonic() + PATIENCE
+        while self.answers[sequence] is None:
+            slab = self.receive(MSG_DONTWAIT)
+            if slab is not None:
+                self.keep(slab)
+            elif self.reading <= 0 or time.monotonic() >= deadline:
+                return 0
+            else:
+                self.await_news(deadline)
+        return 0
+
+    cdef int keep(self, Slab slab) except -1:
         if slab.messages:
             self.arrived.append(slab)
         else:
-            slab.users = 0
+            slab.users -= 1
+        return 0
 
     cdef int discard_pending(self) except -1:
         """Read the socket empty and forget what was in it."""
         cdef Slab slab
-        self.arrived.clear()
         while True:
             slab = self.receive(MSG_DONTWAIT)
             if slab is None:
-                return 0
-            slab.users = 0
+                break
+            self.arrived.append(slab)
+            self.discard_arrived()
+        return self.discard_arrived()
+
+    cdef int discard_arrived(self) except -1:
+        cdef Slab slab
+        for slab in self.arrived:
+            slab.users -= 1
+        self.arrived.clear()
+        return 0
 
     cdef int wake(self) except -1:
         """Make a blocked reader return, and the socket poll readable: the kernel acknowledges a
         message that asks for nothing else. Safe from any thread and from signal handlers."""
         cdef nlmsghdr message
+        if self.fd < 0:
+            return 0
         memset(&message, 0, sizeof(message))
         message.nlmsg_len = sizeof(message)
         message.nlmsg_type = NLMSG_NOOP
         message.nlmsg_flags = NLM_F_REQUEST | NLM_F_ACK
         return self.transmit(&message)
+
+    cdef int forget_threads(self) except -1:
+        """After a fork, in the child: the other threads are the parent's."""
+        self.readers = self.reading = self.waiters = 0
+        self.news = threading.Condition()
+        return 0
 
     cdef int size_receive_buffer(self, int size) except -1:
         """Ask for a receive buffer of ``size`` bytes and return what the kernel says it is now,

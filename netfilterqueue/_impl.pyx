@@ -13,6 +13,7 @@ from netfilterqueue._packet cimport Batch, Packet, Tally
 from netfilterqueue._uapi cimport MSG_DONTWAIT, getpid, nlmsghdr
 
 import atexit
+import contextlib
 import os
 import socket
 import warnings
@@ -68,6 +69,8 @@ cdef class NetfilterQueue:
         live_queues[id(self)] = self
 
     def __init__(self, *, af=socket.AF_INET, sockfd=-1):
+        if sockfd < -1:
+            raise ValueError(f"sockfd is {sockfd}, but must be a descriptor, or -1 for a new socket")
         if self.channel is not None:
             raise RuntimeError("this queue has a socket already: call __init__ once, and first")
         self.channel = Channel(sockfd)
@@ -157,7 +160,9 @@ cdef class NetfilterQueue:
         # What a small compile-time buffer cannot hold the kernel need not copy.
         longest = min(longest, <uint32_t> (COMPILED_BUFFER_SIZE - ATTRIBUTE_ROOM))
         channel.shape(binding.batch, ATTRIBUTE_ROOM + longest)
-        # What is left from an earlier binding would pass for packets of this one.
+        # What is left from an earlier binding would pass for packets of this one: in the socket,
+        # and in the hands of threads that have yet to hear of its end.
+        channel.await_readers()
         channel.discard_pending()
         granted = channel.size_receive_buffer(binding.sock_len)
         channel.stamp_packets(binding.timestamps)
@@ -169,8 +174,7 @@ cdef class NetfilterQueue:
         self.callback = binding.callback
         self.bound_by = getpid()
         self.stopping = False
-        self.outbox = Outbox(channel.fd, binding.queue_num,
-                             binding.verdict_delay if binding.batch > 1 else 0)
+        self.outbox = Outbox(channel.fd, binding.verdict_delay, channel)
         self.take_arrived()
         if self.batches:
             # They are no longer in the socket, and event loops watch nothing else.
@@ -198,7 +202,7 @@ cdef class NetfilterQueue:
         cdef uint32_t request[REQUEST_WORDS]
         cdef nlmsghdr *message = encode_unbind(request, self.queue_num)
         cdef int error
-        if self.channel.readers:
+        if self.channel.readers > 0:
             # The answer wakes the reader: waiting for it here would be waiting for the other.
             self.channel.transmit(message)
             return 0
@@ -281,7 +285,7 @@ cdef class NetfilterQueue:
                     return
                 if slab.users:
                     slab = Slab(1, 0)
-                slab.users = 1
+                slab.users += 1
                 slab.lend(datagram)
                 slab.take_stock(self.channel)
                 self.take(slab, outbox)
@@ -291,6 +295,7 @@ cdef class NetfilterQueue:
     cdef bytes receive_from(self, sock):
         """A datagram; empty if nothing is pending, None after an overrun."""
         self.channel.readers += 1
+        self.channel.reading += 1
         try:
             datagram = sock.recv(self.channel.slot_size)
         except OSError as error:
@@ -301,6 +306,7 @@ cdef class NetfilterQueue:
             raise
         finally:
             self.channel.readers -= 1
+            self.channel.end_reading()
         if PyBytes_CheckExact(datagram):
             return datagram
         return bytes(memoryview(datagram))
@@ -312,7 +318,7 @@ cdef class NetfilterQueue:
         Can be called from any thread, from the callback and from signal handlers.
         """
         self.stopping = True
-        if self.channel is not None and self.channel.readers:
+        if self.channel is not None and self.channel.readers > 0:
             self.channel.wake()
 
     cdef Outbox enter(self):
@@ -344,8 +350,10 @@ cdef class NetfilterQueue:
         while not (self.stopping or outbox.closed):
             if not self.batches:
                 outbox.raise_late_error()
-                outbox.flush()
-                return False
+                # While it sends, another thread may call stop().
+                if not outbox.flush():
+                    return False
+                continue
             batch = self.batches[0]
             packet = batch.next(&self.tally)
             if not batch.remaining and self.batches and self.batches[0] is batch:
@@ -371,12 +379,18 @@ cdef class NetfilterQueue:
 
     cdef int take(self, Slab slab, Outbox outbox) except -1:
         """Queue what a read has brought for delivery."""
+        if outbox.closed:
+            # A signal handler has unbound the queue, and perhaps bound it again, before the read.
+            outbox = self.outbox
+        if outbox is None:
+            slab.users -= 1
+            return 0
         if slab.messages:
             self.batches.append(Batch(slab, outbox, self))
             if slab.messages > 1:
                 outbox.start_helper()
         else:
-            slab.users = 0
+            slab.users -= 1
         if self.channel.refusals:
             self.note_refusals(outbox)
         return 0
@@ -408,9 +422,12 @@ cdef class NetfilterQueue:
         self.batches.clear()
         return 0
 
-    def _forget_in_child(self):
+    cdef int begin_in_child(self) except -1:
         # What the parent has read, the parent delivers.
         self.forget_batches()
+        if self.channel is not None:
+            self.channel.forget_threads()
+        return 0
 
 
 # Queues that are open at exit send what is pending; without this, verdicts that wait for the
@@ -420,16 +437,18 @@ live_queues = weakref.WeakValueDictionary()
 
 @atexit.register
 def close_all():
+    with contextlib.ExitStack() as stack:
+        for queue in list(live_queues.values()):
+            stack.callback(queue.close)
+
+
+def begin_in_child():
+    cdef NetfilterQueue queue
     for queue in list(live_queues.values()):
-        queue.close()
+        queue.begin_in_child()
 
 
-def forget_in_child():
-    for queue in list(live_queues.values()):
-        queue._forget_in_child()
-
-
-os.register_at_fork(after_in_child=forget_in_child)
+os.register_at_fork(after_in_child=begin_in_child)
 
 # Users know the class by the package's name, not the extension's.
 (<PyTypeObject *> NetfilterQueue).tp_name = b"netfilterqueue.NetfilterQueue"

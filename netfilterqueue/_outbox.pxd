@@ -49,13 +49,13 @@ cdef class Outbox:
     after the first was given, whichever comes first. Verdicts leave in the order given.
     """
     cdef Waiting *waiting
-    cdef uint16_t queue_num
-    cdef readonly bint closed   # the queue was unbound: no verdict can be given any more
+    cdef object descriptor_owner    # closes it, and must not before the helper has ended
+    cdef bint closed                # the queue was unbound: no verdict can be given any more
 
     cdef int start_helper(self) except -1
     cdef bint make_room(self, const Decision *decision) except -1
-    cdef bint add(self, uint32_t id, const Decision *decision, int *undecided,
-                  uint32_t *flight) except -1
+    cdef bint add(self, uint16_t queue_num, uint32_t id, const Decision *decision,
+                  int *undecided, uint32_t *flight) except -1
     cdef int flush(self) except -1
     cdef int raise_late_error(self) except -1
     cdef bint failed(self, uint32_t flight) noexcept

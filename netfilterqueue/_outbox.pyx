@@ -23,7 +23,7 @@ cdef enum:
 
 cdef class Outbox:
 
-    def __cinit__(self, int fd, uint16_t queue_num, double delay):
+    def __cinit__(self, int fd, double delay, descriptor_owner=None):
         cdef Waiting *waiting = <Waiting *> calloc(1, sizeof(Waiting))
         if waiting is NULL:
             raise MemoryError()
@@ -34,7 +34,7 @@ cdef class Outbox:
         waiting.period = <int64_t> (delay * 1e9 / 2)
         make_locks(waiting)
         self.waiting = waiting
-        self.queue_num = queue_num
+        self.descriptor_owner = descriptor_owner
         enlist(waiting)
         if waiting.fill is NULL or waiting.spare is NULL:
             raise MemoryError()
@@ -57,12 +57,10 @@ cdef class Outbox:
         sent, and other threads may have run meanwhile."""
         cdef Waiting *waiting = self.waiting
         self.raise_late_error()
-        if waiting.length and waiting.length + decision_size(decision) > FULL:
-            self.flush()
-            return True
-        return False
+        return (waiting.length and waiting.length + decision_size(decision) > FULL
+                and self.flush())
 
-    cdef bint add(self, uint32_t id, const Decision *decision, int *undecided,
+    cdef bint add(self, uint16_t queue_num, uint32_t id, const Decision *decision, int *undecided,
                   uint32_t *flight) except -1:
         """Take a verdict in. True: the caller must call flush() as soon as it has noted that the
         packet is decided. Keeps the GIL, so that nobody decides the same packet meanwhile.
@@ -86,13 +84,13 @@ cdef class Outbox:
             if waiting.parked and not now:
                 waiting.parked = False
                 pthread_cond_signal(&waiting.wakeup)
-        waiting.length += encode_verdict(waiting.fill + waiting.length, self.queue_num, id,
-                                         decision, waiting.flight | <uint32_t> VERDICT_SEQUENCE)
+        waiting.length += encode_verdict(waiting.fill + waiting.length, queue_num, id, decision,
+                                         waiting.flight | <uint32_t> VERDICT_SEQUENCE)
         pthread_mutex_unlock(&waiting.lock)
         return now
 
     cdef int flush(self) except -1:
-        """Send what is pending."""
+        """Send what is pending; 0 if nothing was, else 1. Other threads may run meanwhile."""
         cdef int error
         if not self.waiting.length:
             return 0
@@ -101,7 +99,7 @@ cdef class Outbox:
         if error:
             raise os_error(error, "cannot send verdicts to the kernel; "
                                   "the packets concerned are still undecided")
-        return 0
+        return 1
 
     cdef int raise_late_error(self) except -1:
         """Raise the error of a send that no caller waited for."""

@@ -350,7 +350,8 @@ cdef class Packet:
             # Making room may let other threads run, which may decide this packet.
             if not outbox.make_room(decision):
                 break
-        now = outbox.add(self.fields.id, decision, &self.batch.undecided, &self.flight)
+        now = outbox.add(self.fields.queue_num, self.fields.id, decision,
+                         &self.batch.undecided, &self.flight)
         self.decided = True
         self.given = decision.verdict
         if now:
@@ -391,7 +392,7 @@ def packets_from(datagrams, *, int fd=-1, double verdict_delay=0.001):
     """
     cdef list contents = [bytes(memoryview(datagram)) for datagram in datagrams]
     cdef Slab slab = Slab(len(contents) or 1, max(map(len, contents), default=0) or 1)
-    cdef Outbox outbox = Outbox(fd, 0, verdict_delay)
+    cdef Outbox outbox = Outbox(fd, verdict_delay)
     cdef Tally tally
     cdef Batch batch
     cdef Packet packet
