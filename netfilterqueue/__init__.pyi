@@ -2,7 +2,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import ClassVar, Protocol, final, type_check_only
 
-from typing_extensions import Buffer, Self
+from typing_extensions import Buffer, Self, disjoint_base
 
 from .constants import COPY_META, COPY_NONE, COPY_PACKET, PROTOCOLS, Hook, Verdict
 
@@ -65,6 +65,7 @@ class Packet:
     def set_mark(self, mark: int) -> None: ...
     def set_payload(self, payload: Buffer | None) -> None: ...
 
+@disjoint_base
 class NetfilterQueue:
     COPY_META: ClassVar[int]
     COPY_NONE: ClassVar[int]
@@ -84,7 +85,7 @@ class NetfilterQueue:
         user_callback: Callable[[Packet], Verdict | None] | None = None,
         max_len: int = 1024,
         mode: int = 2,
-        range: int = 65535,  # noqa: A002 - the name that programs pass it by
+        range: int = 65535,
         sock_len: int = 2455552,
         *,
         callback: Callable[[Packet], Verdict | None] | None = None,

@@ -50,10 +50,20 @@ def bind_refused(queue_num: int, error: int) -> OSError:
     elif error == errno.EINVAL:
         why = "the kernel lacks NFQUEUE: load it with modprobe nfnetlink_queue"
     else:
-        why = os.strerror(error)
+        why = reason(error)
     return OSError(error, f"Failed to create queue {queue_num}: {why}")
 
 
+def reason(error: int) -> str:
+    return CAPABILITY if error == errno.EPERM else os.strerror(error)
+
+
 def unbind_refused(queue_num: int, error: int) -> OSError:
-    why = CAPABILITY if error == errno.EPERM else os.strerror(error)
-    return OSError(error, f"Failed to unbind queue {queue_num}: {why}")
+    return OSError(error, f"Failed to unbind queue {queue_num}: {reason(error)}")
+
+
+def verdicts_not_sent(error: int) -> OSError:
+    return OSError(
+        error,
+        f"verdicts could not be sent: {reason(error)}. The packets concerned are still undecided",
+    )

@@ -26,8 +26,9 @@ from netfilterqueue.constants import Verdict
 
 BUFFER_SIZE = COMPILED_BUFFER_SIZE
 
-cdef frozenset RETURNABLE = frozenset(
-    {Verdict.DROP, Verdict.ACCEPT, Verdict.REPEAT, Verdict.STOP})
+# The verdicts that no callback can return.
+cdef uint32_t STOLEN = Verdict.STOLEN
+cdef uint32_t QUEUE = Verdict.QUEUE
 
 # The longest payload that a packet can have.
 cdef enum:
@@ -53,6 +54,7 @@ cdef class NetfilterQueue:
 
     cdef object __weakref__
     cdef Channel channel        # None until it is needed: a subclass may never call __init__
+    cdef bint is_closed
     cdef Outbox outbox          # of the present binding; None: not bound
     cdef int queue_num
     cdef pid_t bound_by         # a forked child must not unbind its parent's queue
@@ -76,8 +78,7 @@ cdef class NetfilterQueue:
         self.channel = Channel(sockfd)
 
     def __del__(self):
-        if self.channel is not None:
-            self.close()
+        self.close()
 
     def __enter__(self):
         return self
@@ -97,11 +98,15 @@ cdef class NetfilterQueue:
         return self.open_channel().fd
 
     cdef Channel open_channel(self):
+        self.require_open()
         if self.channel is None:
             self.channel = Channel()
-        if self.channel.fd < 0:
-            raise ValueError("this queue is closed: make a new NetfilterQueue")
         return self.channel
+
+    cdef int require_open(self) except -1:
+        if self.is_closed:
+            raise ValueError("this queue is closed: make a new NetfilterQueue")
+        return 0
 
     # Binding
 
@@ -164,10 +169,16 @@ cdef class NetfilterQueue:
         # and in the hands of threads that have yet to hear of its end.
         channel.await_readers()
         channel.discard_pending()
+        self.note_refusals(None)
         granted = channel.size_receive_buffer(binding.sock_len)
         channel.stamp_packets(binding.timestamps)
-        error = channel.request(encode_bind(request, binding.queue_num, binding.mode, longest,
-                                            binding.max_len))
+        try:
+            error = channel.request(encode_bind(request, binding.queue_num, binding.mode, longest,
+                                                binding.max_len))
+        except BaseException:
+            # Interrupted after the kernel has done it, perhaps.
+            channel.transmit(encode_unbind(request, binding.queue_num))
+            raise
         if error:
             raise bind_refused(binding.queue_num, error)
         self.queue_num = binding.queue_num
@@ -216,21 +227,17 @@ cdef class NetfilterQueue:
     def close(self):
         """Unbind, and close the socket. Idempotent. In a forked child it closes the child's
         descriptor and leaves the queue bound, unless the child itself has bound it."""
-        if self.channel is None:
-            self.channel = Channel()
+        cdef Outbox outbox = self.outbox
+        self.is_closed = True
         try:
-            if self.outbox is not None and self.bound_by != getpid():
-                self.abandon()
+            if outbox is not None and self.bound_by != getpid():
+                self.outbox = None
+                self.forget_batches()
+                outbox.close()
             self.unbind()
         finally:
-            self.channel.close()
-
-    cdef int abandon(self) except -1:
-        cdef Outbox outbox = self.outbox
-        self.outbox = None
-        self.forget_batches()
-        outbox.close()
-        return 0
+            if self.channel is not None:
+                self.channel.close()
 
     # Receiving
 
@@ -322,8 +329,8 @@ cdef class NetfilterQueue:
             self.channel.wake()
 
     cdef Outbox enter(self):
+        self.require_open()
         if self.outbox is None:
-            self.open_channel()
             raise RuntimeError("no queue is bound: call bind() first")
         self.runners += 1
         return self.outbox
@@ -365,16 +372,22 @@ cdef class NetfilterQueue:
     cdef int hand_over(self, Packet packet, callback) except -1:
         try:
             answer = callback(packet)
+            # Other values have no meaning: classic callbacks return what they like.
+            if answer is not None and isinstance(answer, Verdict):
+                self.obey(packet, answer)
         except BaseException:
             packet.keep_payload()
             raise
-        packet.end_borrowing()
-        if answer is not None and isinstance(answer, Verdict):
-            if answer not in RETURNABLE:
-                raise ValueError(f"the callback returned {answer!r}: return DROP, ACCEPT, REPEAT or "
-                                 "STOP, or None to decide by the packet's methods")
-            if not packet.is_decided():
-                packet.decide(answer)
+        return packet.end_borrowing()
+
+    cdef int obey(self, Packet packet, answer) except -1:
+        """Give the verdict that the callback returned, if it has not given one itself."""
+        cdef uint32_t verdict = answer
+        if verdict == STOLEN or verdict == QUEUE:
+            raise ValueError(f"the callback returned {answer!r}: return Verdict.DROP, ACCEPT, REPEAT "
+                             "or STOP, or None to decide by the packet's methods")
+        if not packet.is_decided():
+            packet.decide(verdict)
         return 0
 
     cdef int take(self, Slab slab, Outbox outbox) except -1:
@@ -403,6 +416,7 @@ cdef class NetfilterQueue:
         return 0
 
     cdef int note_refusals(self, Outbox outbox) except -1:
+        """Count what the kernel refused; None: the verdicts were an earlier binding's."""
         cdef uint32_t sequence
         cdef int error
         cdef list refusals = self.channel.refusals
@@ -410,7 +424,8 @@ cdef class NetfilterQueue:
         for sequence, error in refusals:
             if is_verdict(sequence):
                 self.verdict_errors += 1
-                outbox.refused(sequence, error)
+                if outbox is not None:
+                    outbox.refused(sequence, error)
             else:
                 self.request_errors += 1
         return 0

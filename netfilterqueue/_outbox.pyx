@@ -3,7 +3,7 @@ from libc.errno cimport EINTR, EPERM, errno
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 
-from netfilterqueue._channel cimport DEBUG, alive_now, os_error
+from netfilterqueue._channel cimport DEBUG, alive_now
 from netfilterqueue._nfqueue cimport Decision, decision_size, encode_verdict
 from netfilterqueue._uapi cimport (
     CLOCK_MONOTONIC, MSG_NOSIGNAL, SIG_SETMASK, clock_gettime, clock_time, pthread_atfork,
@@ -13,6 +13,8 @@ from netfilterqueue._uapi cimport (
     pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, pthread_setname_np, pthread_sigmask,
     send, sigfillset, sigset_t,
 )
+
+from netfilterqueue._advice import verdicts_not_sent
 
 cdef enum:
     # A send of less than a page is allocated from the kernel's fast caches.
@@ -97,8 +99,7 @@ cdef class Outbox:
         with nogil:
             error = send_pending(self.waiting)
         if error:
-            raise os_error(error, "cannot send verdicts to the kernel; "
-                                  "the packets concerned are still undecided")
+            raise verdicts_not_sent(error)
         return 1
 
     cdef int raise_late_error(self) except -1:
@@ -106,8 +107,7 @@ cdef class Outbox:
         cdef int error = self.waiting.late_error
         if error:
             self.waiting.late_error = 0
-            raise os_error(error, "cannot send verdicts given earlier to the kernel; "
-                                  "the packets concerned are still undecided")
+            raise verdicts_not_sent(error)
         return 0
 
     cdef bint failed(self, uint32_t flight) noexcept:
