@@ -9,7 +9,7 @@ from netfilterqueue._channel cimport BUFFER_SIZE as COMPILED_BUFFER_SIZE
 from netfilterqueue._channel cimport Channel, Slab
 from netfilterqueue._nfqueue cimport ATTRIBUTE_ROOM, REQUEST_WORDS, encode_bind, encode_unbind
 from netfilterqueue._outbox cimport Outbox, is_verdict
-from netfilterqueue._packet cimport Batch, Packet, Tally
+from netfilterqueue._packet cimport Batch, Packet, Tally, new_batch
 from netfilterqueue._uapi cimport MSG_DONTWAIT, getpid, nlmsghdr
 
 import atexit
@@ -59,7 +59,8 @@ cdef class NetfilterQueue:
     cdef int queue_num
     cdef pid_t bound_by         # a forked child must not unbind its parent's queue
     cdef object callback        # None: handle()
-    cdef list batches           # with packets that wait to be delivered
+    cdef Batch first            # batches with packets that wait to be delivered, a linked list
+    cdef Batch last
     cdef int runners            # calls of run() and run_socket() under way
     cdef bint stopping
     cdef Tally tally
@@ -67,7 +68,6 @@ cdef class NetfilterQueue:
     cdef uint64_t request_errors
 
     def __cinit__(self, *args, **kwargs):
-        self.batches = []
         live_queues[id(self)] = self
 
     def __init__(self, *, af=socket.AF_INET, sockfd=-1):
@@ -187,7 +187,7 @@ cdef class NetfilterQueue:
         self.stopping = False
         self.outbox = Outbox(channel.fd, binding.verdict_delay, channel)
         self.take_arrived()
-        if self.batches:
+        if self.first is not None:
             # They are no longer in the socket, and event loops watch nothing else.
             channel.wake()
         return granted
@@ -343,7 +343,7 @@ cdef class NetfilterQueue:
             # One message wakes one reader: pass it on to the next.
             self.channel.wake()
         if not outbox.closed:
-            if self.batches:
+            if self.first is not None:
                 # They are no longer in the socket, and event loops watch nothing else.
                 self.channel.wake()
             outbox.flush()
@@ -352,22 +352,35 @@ cdef class NetfilterQueue:
     cdef bint deliver(self, Outbox outbox, callback) except -1:
         """Call the callback for the packets that have been read and send what is then pending.
         True: it is time to leave."""
-        cdef Batch batch
         cdef Packet packet
         while not (self.stopping or outbox.closed):
-            if not self.batches:
-                outbox.raise_late_error()
-                # While it sends, another thread may call stop().
-                if not outbox.flush():
-                    return False
-                continue
-            batch = self.batches[0]
-            packet = batch.next(&self.tally)
-            if not batch.remaining and self.batches and self.batches[0] is batch:
-                del self.batches[0]
+            packet = self.next_packet()
             if packet is not None:
                 self.hand_over(packet, callback)
+                continue
+            outbox.raise_late_error()
+            # While it sends, another thread may call stop().
+            if not outbox.flush():
+                return False
         return True
+
+    cdef Packet next_packet(self):
+        """The next of the packets that have been read, or None."""
+        cdef Batch batch
+        cdef Packet packet = None
+        while packet is None and self.first is not None:
+            batch = self.first
+            packet = batch.next(&self.tally)
+            if not batch.remaining and self.first is batch:
+                self.drop_first()
+        return packet
+
+    cdef int drop_first(self) except -1:
+        self.first = self.first.following
+        if self.first is None:
+            # A batch knows its queue: the queue must not keep one for ever.
+            self.last = None
+        return 0
 
     cdef int hand_over(self, Packet packet, callback) except -1:
         try:
@@ -399,13 +412,21 @@ cdef class NetfilterQueue:
             slab.users -= 1
             return 0
         if slab.messages:
-            self.batches.append(Batch(slab, outbox, self))
+            self.append(new_batch(slab, outbox, self))
             if slab.messages > 1:
                 outbox.start_helper()
         else:
             slab.users -= 1
         if self.channel.refusals:
             self.note_refusals(outbox)
+        return 0
+
+    cdef int append(self, Batch batch) except -1:
+        if self.first is None:
+            self.first = batch
+        else:
+            self.last.following = batch
+        self.last = batch
         return 0
 
     cdef int take_arrived(self) except -1:
@@ -431,10 +452,9 @@ cdef class NetfilterQueue:
         return 0
 
     cdef int forget_batches(self) except -1:
-        cdef Batch batch
-        for batch in self.batches:
-            batch.end()
-        self.batches.clear()
+        while self.first is not None:
+            self.first.end()
+            self.drop_first()
         return 0
 
     cdef int begin_in_child(self) except -1:

@@ -23,6 +23,7 @@ cdef struct Waiting:
     int fd                      # -1: there is no kernel, sending does nothing
     char *fill                  # messages, one after the other
     size_t length               # bytes in it
+    size_t count                # messages in it
     size_t capacity
     char *spare                 # being sent, or idle
     size_t spare_capacity

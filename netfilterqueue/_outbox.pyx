@@ -10,8 +10,8 @@ from netfilterqueue._uapi cimport (
     pthread_cond_destroy, pthread_cond_init, pthread_cond_signal, pthread_cond_timedwait,
     pthread_cond_wait, pthread_condattr_destroy, pthread_condattr_init, pthread_condattr_setclock,
     pthread_condattr_t, pthread_create, pthread_join, pthread_mutex_destroy, pthread_mutex_init,
-    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, pthread_setname_np, pthread_sigmask,
-    send, sigfillset, sigset_t,
+    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_trylock, pthread_mutex_unlock,
+    pthread_setname_np, pthread_sigmask, send, sigfillset, sigset_t,
 )
 
 from netfilterqueue._advice import verdicts_not_sent
@@ -88,16 +88,24 @@ cdef class Outbox:
                 pthread_cond_signal(&waiting.wakeup)
         waiting.length += encode_verdict(waiting.fill + waiting.length, queue_num, id, decision,
                                          waiting.flight | <uint32_t> VERDICT_SEQUENCE)
+        waiting.count += 1
         pthread_mutex_unlock(&waiting.lock)
         return now
 
     cdef int flush(self) except -1:
         """Send what is pending; 0 if nothing was, else 1. Other threads may run meanwhile."""
+        cdef Waiting *waiting = self.waiting
         cdef int error
-        if not self.waiting.length:
+        if not waiting.length:
             return 0
-        with nogil:
-            error = send_pending(self.waiting)
+        # Next to the send of a single verdict, to give the GIL up and to take it back is dear: both
+        # are a good part of a packet's round trip. But nobody waits for the wire with the GIL held.
+        if waiting.count == 1 and pthread_mutex_trylock(&waiting.wire) == 0:
+            error = send_over_wire(waiting)
+            pthread_mutex_unlock(&waiting.wire)
+        else:
+            with nogil:
+                error = send_pending(waiting)
         if error:
             raise verdicts_not_sent(error)
         return 1
@@ -174,11 +182,19 @@ cdef bint reserve(Waiting *waiting, size_t size) noexcept nogil:
 
 cdef int send_pending(Waiting *waiting) noexcept nogil:
     """Send what is pending; 0 or errno."""
+    cdef int error
+    pthread_mutex_lock(&waiting.wire)
+    error = send_over_wire(waiting)
+    pthread_mutex_unlock(&waiting.wire)
+    return error
+
+
+cdef int send_over_wire(Waiting *waiting) noexcept nogil:
+    """The same for who holds the lock `wire`."""
     cdef char *messages
     cdef size_t length
     cdef uint32_t flight
     cdef int error = 0
-    pthread_mutex_lock(&waiting.wire)
     pthread_mutex_lock(&waiting.lock)
     messages = waiting.fill
     length = waiting.length
@@ -188,6 +204,7 @@ cdef int send_pending(Waiting *waiting) noexcept nogil:
     waiting.spare = messages
     waiting.capacity, waiting.spare_capacity = waiting.spare_capacity, waiting.capacity
     waiting.length = 0
+    waiting.count = 0
     if length:
         # Sequence numbers of verdicts have one bit less than a flight's number would.
         waiting.flight = (flight + 1) & ~<uint32_t> VERDICT_SEQUENCE
@@ -201,7 +218,6 @@ cdef int send_pending(Waiting *waiting) noexcept nogil:
         pthread_mutex_lock(&waiting.lock)
         note_failure(waiting, flight)
         pthread_mutex_unlock(&waiting.lock)
-    pthread_mutex_unlock(&waiting.wire)
     return error
 
 
@@ -350,6 +366,7 @@ cdef void after_fork_in_child() noexcept nogil:
     while waiting is not NULL:
         make_locks(waiting)
         waiting.length = 0
+        waiting.count = 0
         waiting.running = False
         waiting.late_error = 0
         waiting = waiting.next

@@ -26,10 +26,14 @@ cdef class Batch:
     cdef int remaining          # messages not looked at
     cdef int slot               # next datagram
     cdef Cursor rest            # of the datagram at hand
+    cdef Batch following        # the next one of the same queue
 
     cdef Packet next(self, Tally *tally)
     cdef Packet unwrap(self, const nlmsghdr *message, size_t length, Tally *tally)
     cdef int end(self) except -1
+
+
+cdef Batch new_batch(Slab slab, Outbox outbox, object owner)
 
 
 cdef class Packet:

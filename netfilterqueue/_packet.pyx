@@ -23,15 +23,19 @@ cdef uint32_t REPEAT = Verdict.REPEAT
 cdef char *UNSIGNED_BYTES = "B"
 
 
-@cython.final
-cdef class Batch:
+cdef Batch new_batch(Slab slab, Outbox outbox, object owner):
+    cdef Batch batch = Batch.__new__(Batch)
+    batch.slab = slab
+    batch.outbox = outbox
+    batch.owner = owner
+    batch.undecided = batch.remaining = slab.messages
+    batch.rest = slab.datagram(0)
+    return batch
 
-    def __cinit__(self, Slab slab not None, Outbox outbox not None, owner):
-        self.slab = slab
-        self.outbox = outbox
-        self.owner = owner
-        self.undecided = self.remaining = slab.messages
-        self.rest = slab.datagram(0)
+
+@cython.final
+@cython.freelist(8)
+cdef class Batch:
 
     cdef Packet next(self, Tally *tally):
         """The next packet, or None when all have been handed out."""
@@ -171,7 +175,8 @@ cdef class Packet:
         """When the kernel received it, in seconds since the epoch as time.time() counts them, with
         microseconds; 0.0 where there is no time stamp, as on OUTPUT and POSTROUTING
         (NFQA_TIMESTAMP)."""
-        return <double> self.fields.seconds + <double> self.fields.microseconds * 1e-6
+        # One rounding only, so that what is printed with six digits is what the kernel said.
+        return <double> (self.fields.seconds * 1000000 + self.fields.microseconds) / 1e6
 
     # The payload
 
@@ -403,7 +408,7 @@ def packets_from(datagrams, *, int fd=-1, double verdict_delay=0.001):
     for content in contents:
         slab.put(content)
     slab.take_stock(None)
-    batch = Batch(slab, outbox, None)
+    batch = new_batch(slab, outbox, None)
     if batch.undecided > 1:
         outbox.start_helper()
     while True:
