@@ -1,0 +1,49 @@
+"""A contestant: the classic API, so that one program measures every library that offers it.
+
+    python classic_api.py drain|serve drop|accept QUEUE MAX_LEN RECEIVE_BUFFER
+
+Binds the queue and prints "ready". ``drain``: for each line on standard input, decides what is
+pending and prints the seconds from the first read to the last verdict. ``serve``: decides packets
+until it is killed.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+
+from netfilterqueue import COPY_PACKET, NetfilterQueue, Packet
+
+
+def drop(packet: Packet) -> None:
+    packet.drop()
+
+
+def accept(packet: Packet) -> None:
+    packet.accept()
+
+
+def main() -> None:
+    job, verdict, queue_num, max_len, receive_buffer = sys.argv[1:]
+    # A buffer smaller than asked for is the runner's business: it has sized the rounds by it.
+    warnings.simplefilter("ignore", RuntimeWarning)
+    queue = NetfilterQueue()
+    queue.bind(
+        int(queue_num),
+        {"drop": drop, "accept": accept}[verdict],
+        max_len=int(max_len),
+        mode=COPY_PACKET,
+        sock_len=int(receive_buffer),
+    )
+    print("ready", flush=True)
+    if job == "serve":
+        queue.run()
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        queue.run(block=False)
+        print(f"{time.perf_counter() - start:.9f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

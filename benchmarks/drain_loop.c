@@ -1,0 +1,196 @@
+/*
+ * The limit: what the kernel allows a program that reads up to 32 packets with one recvmmsg(),
+ * gives each the same verdict and sends the 32 verdicts with one send().
+ *
+ *     drain_loop drain|serve drop|accept QUEUE MAX_LEN RECEIVE_BUFFER
+ *
+ * The command line and the dialogue on standard input and output are those of classic_api.py.
+ */
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <errno.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <time.h>
+
+#include <libmnl/libmnl.h>
+#include <linux/netfilter.h>
+#include <linux/netfilter/nfnetlink.h>
+#include <linux/netfilter/nfnetlink_queue.h>
+
+#define BATCH 32
+/* The largest packet and its attributes. Not a power of two: slots must not share cache sets. */
+#define SLOT (65536 + 1024 + 192)
+#define VERDICT_SIZE                                                                             \
+    (MNL_NLMSG_HDRLEN + MNL_ALIGN(sizeof(struct nfgenmsg)) + MNL_ATTR_HDRLEN +                   \
+     MNL_ALIGN(sizeof(struct nfqnl_msg_verdict_hdr)))
+
+struct loop {
+    int fd;
+    uint16_t queue;
+    uint32_t verdict;
+    struct mmsghdr headers[BATCH];
+    struct iovec slots[BATCH];
+};
+
+static char slab[BATCH][SLOT];
+
+static _Noreturn void fail(const char *what)
+{
+    fprintf(stderr, "drain_loop: %s: %s\n", what, strerror(errno));
+    exit(EXIT_FAILURE);
+}
+
+static uint64_t number(const char *text, uint64_t most)
+{
+    char *end;
+
+    errno = 0;
+    unsigned long value = strtoul(text, &end, 10);
+    if (errno || end == text || *end || value > most) {
+        errno = EINVAL;
+        fail(text);
+    }
+    return value;
+}
+
+/* Whether the word is the second of the two. */
+static bool choice(const char *word, const char *first, const char *second)
+{
+    if (strcmp(word, first) && strcmp(word, second)) {
+        errno = EINVAL;
+        fail(word);
+    }
+    return !strcmp(word, second);
+}
+
+static struct nlmsghdr *put_header(void *at, uint16_t type, uint16_t flags, uint16_t queue)
+{
+    struct nlmsghdr *message = mnl_nlmsg_put_header(at);
+    struct nfgenmsg *generic = mnl_nlmsg_put_extra_header(message, sizeof(*generic));
+
+    message->nlmsg_type = NFNL_SUBSYS_QUEUE << 8 | type;
+    message->nlmsg_flags = NLM_F_REQUEST | flags;
+    generic->version = NFNETLINK_V0;
+    generic->res_id = htons(queue);
+    return message;
+}
+
+static void bind_queue(struct mnl_socket *netlink, uint16_t queue, uint32_t max_len)
+{
+    char buffer[1024];
+    struct nfqnl_msg_config_cmd command = {.command = NFQNL_CFG_CMD_BIND};
+    struct nfqnl_msg_config_params params = {.copy_mode = NFQNL_COPY_PACKET};
+    struct nlmsghdr *message = put_header(buffer, NFQNL_MSG_CONFIG, NLM_F_ACK, queue);
+
+    mnl_attr_put(message, NFQA_CFG_CMD, sizeof(command), &command);
+    mnl_attr_put(message, NFQA_CFG_PARAMS, sizeof(params), &params);
+    mnl_attr_put_u32(message, NFQA_CFG_QUEUE_MAXLEN, htonl(max_len));
+    if (mnl_socket_sendto(netlink, message, message->nlmsg_len) < 0)
+        fail("bind: send");
+
+    ssize_t length = mnl_socket_recvfrom(netlink, buffer, sizeof(buffer));
+    if (length < 0 || mnl_cb_run(buffer, length, 0, mnl_socket_get_portid(netlink), NULL, NULL) < 0)
+        fail("bind");
+}
+
+static int open_queue(uint16_t queue, uint32_t max_len, int receive_buffer)
+{
+    struct mnl_socket *netlink = mnl_socket_open(NETLINK_NETFILTER);
+
+    if (!netlink || mnl_socket_bind(netlink, 0, MNL_SOCKET_AUTOPID) < 0)
+        fail("netlink socket");
+
+    int fd = mnl_socket_get_fd(netlink);
+    /* Only root of the machine may go over net.core.rmem_max. */
+    if (setsockopt(fd, SOL_SOCKET, SO_RCVBUFFORCE, &receive_buffer, sizeof(receive_buffer)) < 0 &&
+        setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &receive_buffer, sizeof(receive_buffer)) < 0)
+        fail("receive buffer");
+    bind_queue(netlink, queue, max_len);
+    return fd;
+}
+
+static uint32_t packet_id(const struct nlmsghdr *message)
+{
+    const struct nlattr *attribute;
+
+    mnl_attr_for_each(attribute, message, sizeof(struct nfgenmsg))
+        if (mnl_attr_get_type(attribute) == NFQA_PACKET_HDR) {
+            const struct nfqnl_msg_packet_hdr *header = mnl_attr_get_payload(attribute);
+            return header->packet_id; /* stays big endian: the verdict wants it so */
+        }
+    errno = EBADMSG;
+    fail("packet without an id");
+}
+
+static void *put_verdict(const struct loop *loop, void *at, uint32_t id)
+{
+    struct nlmsghdr *message = put_header(at, NFQNL_MSG_VERDICT, 0, loop->queue);
+    struct nfqnl_msg_verdict_hdr verdict = {.verdict = loop->verdict, .id = id};
+
+    mnl_attr_put(message, NFQA_VERDICT_HDR, sizeof(verdict), &verdict);
+    return mnl_nlmsg_get_payload_tail(message);
+}
+
+/* Decides packets until none is pending (MSG_DONTWAIT), or for ever. */
+static void run(struct loop *loop, int flags)
+{
+    char verdicts[BATCH * VERDICT_SIZE];
+
+    for (;;) {
+        int count = recvmmsg(loop->fd, loop->headers, BATCH, MSG_WAITFORONE | flags, NULL);
+        if (count < 0) {
+            if (errno == EAGAIN)
+                return;
+            fail("recvmmsg");
+        }
+        char *end = verdicts;
+        for (int i = 0; i < count; i++)
+            end = put_verdict(loop, end, packet_id((struct nlmsghdr *)slab[i]));
+        if (send(loop->fd, verdicts, end - verdicts, 0) < 0)
+            fail("send");
+    }
+}
+
+static double now(void)
+{
+    struct timespec time;
+
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec + time.tv_nsec / 1e9;
+}
+
+int main(int argc, char **argv)
+{
+    if (argc != 6) {
+        fputs("usage: drain_loop drain|serve drop|accept QUEUE MAX_LEN RECEIVE_BUFFER\n", stderr);
+        return 2;
+    }
+    struct loop loop = {
+        .queue = number(argv[3], UINT16_MAX),
+        .verdict = htonl(choice(argv[2], "drop", "accept") ? NF_ACCEPT : NF_DROP),
+    };
+    bool serve = choice(argv[1], "drain", "serve");
+
+    for (int i = 0; i < BATCH; i++) {
+        loop.slots[i] = (struct iovec){.iov_base = slab[i], .iov_len = SLOT};
+        loop.headers[i].msg_hdr = (struct msghdr){.msg_iov = &loop.slots[i], .msg_iovlen = 1};
+    }
+    loop.fd = open_queue(loop.queue, number(argv[4], UINT32_MAX), number(argv[5], INT32_MAX));
+
+    puts("ready");
+    fflush(stdout);
+    if (serve)
+        run(&loop, 0);
+    char line[64];
+    while (fgets(line, sizeof(line), stdin)) {
+        double start = now();
+        run(&loop, MSG_DONTWAIT);
+        printf("%.9f\n", now() - start);
+        fflush(stdout);
+    }
+    return EXIT_SUCCESS;
+}
