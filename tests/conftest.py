@@ -1,0 +1,274 @@
+"""Fixtures for tests on the real kernel, without root.
+
+The pytest process itself is the router of a `netfilterqueue.testing.Sandbox`: it enters at the very
+start, as only a process of one thread can. Hence a plain `NetfilterQueue()` in a test binds in the
+router, and packets come over loopback or from the two hosts. Where namespaces are forbidden, the
+tests that need them skip with the reason; with NETFILTERQUEUE_REQUIRE_NAMESPACES=1 the whole run
+fails instead.
+
+With `--real-root` the sandbox has no user namespace: the process keeps the rights of the real root,
+and the tests marked `real_root` run too.
+
+After each test nothing may be left: no queue bound, no rule, and in a debug build no object alive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import os
+import subprocess
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from messages import Wire
+from netfilterqueue import NetfilterQueue, _channel  # type: ignore[attr-defined]
+from netfilterqueue._sandbox import search_path
+from netfilterqueue.testing import Sandbox, SandboxUnavailable
+from support import (
+    CHAINS,
+    RECEIVE_BUFFER,
+    Program,
+    QueuedUdp,
+    SocketReader,
+    Traffic,
+    bound_queues,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from netfilterqueue import Packet
+    from netfilterqueue.testing import Node, Rule
+    from support import Runner, UdpFlow
+
+SANDBOX = pytest.StashKey[Sandbox]()
+FORBIDDEN = pytest.StashKey[str]()
+
+queue_numbers = itertools.count(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--real-root",
+        action="store_true",
+        help="run as the real root, in a network namespace without a user namespace",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    real_root = config.getoption("--real-root")
+    if real_root and os.geteuid() != 0:
+        raise pytest.UsageError("--real-root needs root")
+    try:
+        sandbox = config.stash[SANDBOX] = Sandbox(user_namespace=not real_root)
+        sandbox.enter_router()
+    except SandboxUnavailable as error:
+        if os.environ.get("NETFILTERQUEUE_REQUIRE_NAMESPACES") == "1":
+            raise pytest.UsageError(str(error)) from error
+        config.stash[FORBIDDEN] = str(error)
+    # Tests call `iptables` by its name, as users' programs do.
+    os.environ["PATH"] = search_path(os.environ.get("PATH", os.defpath))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if SANDBOX in config.stash:
+        config.stash[SANDBOX].close()
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    kind = "of the real root" if config.getoption("--real-root") else "in a user namespace"
+    return f"network: {config.stash.get(FORBIDDEN, f'a sandbox {kind}')}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--real-root"):
+        for item in items:
+            if item.get_closest_marker("real_root"):
+                item.add_marker(pytest.mark.skip(reason="needs --real-root"))
+
+
+def pytest_collection_finish() -> None:
+    # What is there by now stays. The collections around each test need not go through it again.
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that leaves a queue bound, a rule in the router or, if counted, an object."""
+    before = objects_alive()
+    yield
+    # pytest would keep the test's arguments, a queue among them, for longer.
+    request.node.funcargs.clear()
+    if "router" in request.fixturenames and FORBIDDEN not in request.config.stash:
+        if bound_queues():
+            gc.collect()
+        assert not bound_queues(), "a queue was left bound"
+        assert not flush_rules(), "a rule was left"
+    assert not {name: n for name, n in objects_alive().items() if n > before[name]}, "left alive"
+
+
+def objects_alive() -> dict[str, int]:
+    """The counts of a debug build, else nothing."""
+    if _channel.alive() is None:
+        return {}
+    gc.collect()
+    return dict(_channel.alive())
+
+
+def flush_rules() -> list[str]:
+    """Delete all rules of the router; return what there was."""
+    found = []
+    for program in ("iptables", "ip6tables"):
+        saved = subprocess.run([f"{program}-save"], capture_output=True, text=True, check=True)
+        table = ""
+        for line in saved.stdout.splitlines():
+            if line.startswith("*"):
+                table = line[1:]
+            elif line.startswith("-A"):
+                found.append(f"{program} -t {table} {line}")
+                subprocess.run([program, "-w", "-t", table, "-F"], check=True)
+    return found
+
+
+@pytest.fixture(scope="session")
+def sandbox(pytestconfig: pytest.Config) -> Sandbox:
+    """The sandbox whose router this process is. Skips the test where there is none."""
+    if FORBIDDEN in pytestconfig.stash:
+        pytest.skip(pytestconfig.stash[FORBIDDEN])
+    return pytestconfig.stash[SANDBOX]
+
+
+@pytest.fixture(scope="session")
+def router(sandbox: Sandbox) -> Node:
+    """The router: this process. Tests that need the kernel ask for it, or for a fixture below."""
+    return sandbox.router
+
+
+@pytest.fixture(scope="session")
+def hosts(router: Node, sandbox: Sandbox) -> tuple[Node, Node]:
+    """The left and the right host, which reach each other by way of the router only."""
+    return sandbox.hosts
+
+
+@pytest.fixture
+def queue_num(router: Node) -> int:
+    """A queue number that no other test uses."""
+    return next(queue_numbers)
+
+
+@pytest.fixture
+def rules(router: Node) -> Iterator[Callable[..., Rule]]:
+    """Append rules to the router, as `Node.rule` does; they are removed after the test."""
+    added: list[Rule] = []
+
+    def rule(chain: str, *match: object, **options: Any) -> Rule:
+        added.append(router.rule(chain, *match, **options))
+        return added[-1]
+
+    yield rule
+    for one in reversed(added):
+        one.remove()
+
+
+@pytest.fixture
+def traffic(router: Node, sandbox: Sandbox) -> Iterator[Traffic]:
+    """Make `udp`, `ping` and `tcp` traffic: `traffic.udp("forward", ipv6=True).send(b"hello")`."""
+    made = Traffic(sandbox)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def queue(router: Node) -> Iterator[NetfilterQueue]:
+    """A queue to be bound; it is closed after the test."""
+    with NetfilterQueue() as opened:
+        yield opened
+
+
+@pytest.fixture
+def queued(queue_num: int, rules: Callable[..., Rule], traffic: Traffic) -> Callable[..., UdpFlow]:
+    """Make UDP traffic that goes to `queue_num`, or to the queue `number`.
+
+    `queued("forward", ipv6=True).send(b"x")` is a datagram from host to host.
+    """
+
+    def flow(
+        path: str = "loopback",
+        *,
+        ipv6: bool = False,
+        number: int = queue_num,
+        chain: str | None = None,
+        table: str = "filter",
+    ) -> UdpFlow:
+        made = traffic.udp(path, ipv6=ipv6)
+        match = ("-p", "udp", "--dport", made.port)
+        rules(chain or CHAINS[path], *match, queue=number, ipv6=ipv6, table=table)
+        return made
+
+    return flow
+
+
+@pytest.fixture
+def queued_udp(
+    queue: NetfilterQueue, queue_num: int, queued: Callable[..., UdpFlow]
+) -> Callable[..., QueuedUdp]:
+    """Bind `queue` to where UDP traffic goes: `queued_udp("forward", Packet.accept, max_len=8)`."""
+
+    def start(
+        path: str = "loopback",
+        callback: Callable[[Packet], Any] = lambda packet: None,
+        *,
+        ipv6: bool = False,
+        chain: str | None = None,
+        table: str = "filter",
+        **options: Any,
+    ) -> QueuedUdp:
+        packets = []
+
+        def keep(packet: Packet) -> Any:
+            packets.append(packet)
+            return callback(packet)
+
+        flow = queued(path, ipv6=ipv6, chain=chain, table=table)
+        queue.bind(queue_num, keep, sock_len=RECEIVE_BUFFER, **options)
+        return QueuedUdp(flow, queue, packets)
+
+    return start
+
+
+@pytest.fixture(params=["run", "run_socket"])
+def runner(request: pytest.FixtureRequest, queue: NetfilterQueue) -> Iterator[Runner]:
+    """What `run_until` runs: `queue`, by its `run`, and by its `run_socket`."""
+    if request.param == "run":
+        yield queue
+    else:
+        with contextlib.closing(SocketReader(queue)) as reader:
+            yield reader
+
+
+@pytest.fixture
+def run_program(router: Node) -> Iterator[Callable[..., Program]]:
+    """Start Python programs, text given, in the router or another node; killed after the test.
+
+    `run_program(source, *arguments, node=…, python=…, env=…)` returns a `Program`.
+    """
+    programs: list[Program] = []
+
+    def start(source: str, *arguments: str, node: Node = router, **options: Any) -> Program:
+        programs.append(Program(node, source, *arguments, **options))
+        return programs[-1]
+
+    yield start
+    for program in programs:
+        program.close()
+
+
+@pytest.fixture
+def wire() -> Iterator[Wire]:
+    """Where verdicts arrive that are sent without a kernel."""
+    with contextlib.closing(Wire()) as made:
+        yield made

@@ -1,0 +1,453 @@
+"""What tests are made of: traffic between nodes, programs, and waiting with a deadline."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+
+import netfilterqueue
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from netfilterqueue import NetfilterQueue, Packet
+    from netfilterqueue.testing import Node, Sandbox
+
+TIMEOUT = 5.0  # seconds; generous, as only a failing test waits so long
+
+# Bytes; the kernel's default limit, so that every machine grants it and bind() does not warn.
+RECEIVE_BUFFER = 212992
+
+# The paths of a packet, as seen from the router, where the tests run; and a chain on each.
+CHAINS = {"loopback": "INPUT", "input": "INPUT", "forward": "FORWARD", "output": "OUTPUT"}
+
+
+def wait_until(
+    predicate: Callable[[], object], timeout: float = TIMEOUT, what: str | None = None
+) -> None:
+    """Return as soon as the predicate is true. Fail when it is not before the timeout (seconds)."""
+    deadline = time.monotonic() + timeout
+    while not predicate():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout} seconds: {what or predicate}")
+        time.sleep(0.001)
+
+
+def in_thread(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    """Call a function in a thread of its own, which a test that fails need not wait for."""
+    future: Future[Any] = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future
+
+
+def wait_until_blocked(fd: int, threads: int = 1, pid: int | str = "self") -> None:
+    """Return when so many threads of a process are in a system call on a descriptor."""
+
+    def blocked() -> bool:
+        count = 0
+        for path in Path("/proc", str(pid), "task").glob("*/syscall"):
+            with contextlib.suppress(OSError):  # the thread has ended
+                count += path.read_text(encoding="ascii").split()[1:2] == [hex(fd)]
+        return count == threads
+
+    wait_until(blocked, what=f"{threads} thread(s) blocked on descriptor {fd}")
+
+
+class Runner(Protocol):
+    """A queue, or what runs one."""
+
+    def fileno(self) -> int: ...
+
+    def run(self, block: bool = True) -> None: ...
+
+
+class SocketReader:
+    """Runs a queue through a socket of its own, for `run_until`. `received`: all datagrams."""
+
+    def __init__(self, queue: NetfilterQueue) -> None:
+        self.queue = queue
+        self.received: list[bytes] = []
+        self.socket = socket.fromfd(queue.fileno(), socket.AF_NETLINK, socket.SOCK_RAW)
+
+    def fileno(self) -> int:
+        return self.socket.fileno()
+
+    def recv(self, size: int) -> bytes:
+        self.received.append(self.socket.recv(size))
+        return self.received[-1]
+
+    def run(self, block: bool = True) -> None:
+        # The queue's own descriptor shares this.
+        self.socket.setblocking(block)
+        self.queue.run_socket(self)
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+def run_until(
+    queue: Runner,
+    predicate: Callable[[], object],
+    timeout: float = TIMEOUT,
+    what: str | None = None,
+) -> None:
+    """Run a queue until the predicate is true. Fail when it is not before the timeout (seconds)."""
+    deadline = time.monotonic() + timeout
+    while not predicate():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout} seconds: {what or predicate}")
+        # Not for longer: what the predicate waits for need not be a packet.
+        if select.select([queue], [], [], 0.01)[0]:
+            queue.run(block=False)
+
+
+@contextlib.contextmanager
+def alarm(after: float, handler: Callable[..., object]) -> Iterator[None]:
+    """Call a signal handler once, after so many seconds."""
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, after)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def readable(queue: netfilterqueue.NetfilterQueue) -> bool:
+    return bool(select.select([queue], [], [], 0)[0])
+
+
+class QueueRow(NamedTuple):
+    """A line of /proc/net/netfilter/nfnetlink_queue."""
+
+    queue_num: int
+    port_id: int
+    depth: int
+    copy_mode: int
+    copy_range: int
+    dropped_full: int
+    dropped_socket: int
+    id_sequence: int
+
+
+def bound_queues(node: Node | None = None) -> dict[int, QueueRow]:
+    """The queues that somebody has bound in this process's network namespace, or in a node's."""
+    path = Path("/proc", str(node.pid) if node else "self", "net/netfilter/nfnetlink_queue")
+    # The kernel module comes with the first queue.
+    lines = path.read_text(encoding="ascii").splitlines() if path.exists() else []
+    rows = (QueueRow(*map(int, line.split()[:8])) for line in lines)
+    return {row.queue_num: row for row in rows}
+
+
+def wait_until_queued(queue_num: int, count: int) -> None:
+    """Return when so many packets of a queue wait for a verdict."""
+    wait_until(
+        lambda: bound_queues()[queue_num].depth == count,
+        what=f"{count} packets in queue {queue_num}",
+    )
+
+
+class Route(NamedTuple):
+    """Where traffic starts, where it ends, and under which address."""
+
+    source: Node
+    destination: Node
+    address: str
+    family: int
+
+    @classmethod
+    def of(cls, sandbox: Sandbox, path: str, *, ipv6: bool) -> Route:
+        """The route for a path of `CHAINS`."""
+        router, (left, right) = sandbox.router, sandbox.hosts
+        source, destination = {
+            "loopback": (router, router),
+            "input": (left, router),
+            "forward": (left, right),
+            "output": (router, right),
+        }[path]
+        if path == "loopback":
+            address = "::1" if ipv6 else "127.0.0.1"
+        else:
+            address = destination.ipv6 if ipv6 else destination.ipv4
+        return cls(source, destination, address, socket.AF_INET6 if ipv6 else socket.AF_INET)
+
+
+class UdpFlow:
+    """Datagrams from a bound sender to a receiver. `port` is the receiver's."""
+
+    def __init__(self, route: Route) -> None:
+        self.receiver = route.destination.socket(route.family, socket.SOCK_DGRAM)
+        self.receiver.bind((route.address, 0))
+        self.receiver.settimeout(TIMEOUT)
+        self.port: int = self.receiver.getsockname()[1]
+        self.sender = route.source.socket(route.family, socket.SOCK_DGRAM)
+        self.sender.connect((route.address, self.port))
+
+    def send(self, *payloads: bytes) -> None:
+        for payload in payloads:
+            self.sender.send(payload)
+
+    def receive(self, timeout: float = TIMEOUT) -> bytes:
+        """The next datagram. `socket.timeout` when there is none in time."""
+        self.receiver.settimeout(timeout)
+        return self.receiver.recv(65536)
+
+    def receive_all(self, count: int, timeout: float = TIMEOUT) -> list[bytes]:
+        return [self.receive(timeout) for _ in range(count)]
+
+    def arrived(self) -> list[bytes]:
+        """The datagrams that are there already."""
+        payloads = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                payloads.append(self.receive(timeout=0))
+        return payloads
+
+    def close(self) -> None:
+        self.sender.close()
+        self.receiver.close()
+
+
+def udp_data(packet: netfilterqueue.Packet) -> bytes:
+    """What a datagram of a `UdpFlow` carries, seen by a queue: no options, no extension headers."""
+    payload = packet.get_payload()
+    return payload[28:] if payload[0] >> 4 == 4 else payload[48:]
+
+
+def numbered(count: int) -> list[bytes]:
+    """Payloads that can be told apart: b"0", b"1" and so on."""
+    return [b"%d" % number for number in range(count)]
+
+
+def internet_checksum(data: bytes) -> int:
+    """RFC 1071, for an even number of bytes."""
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    while carry := total >> 16:
+        total = (total & 0xFFFF) + carry
+    return ~total & 0xFFFF
+
+
+class Ping:
+    """Echo requests to a node, and its replies (RFC 792, RFC 4443). Payloads are of even length."""
+
+    def __init__(self, route: Route) -> None:
+        self.ipv6 = route.family == socket.AF_INET6
+        self.request_type, self.reply_type = (128, 129) if self.ipv6 else (8, 0)
+        protocol = socket.IPPROTO_ICMPV6 if self.ipv6 else socket.IPPROTO_ICMP
+        self.socket = route.source.socket(route.family, socket.SOCK_RAW, protocol)
+        self.socket.connect((route.address, 0))
+        self.identifier = self.socket.fileno()
+        self.sequence = 0
+
+    def send(self, *payloads: bytes) -> None:
+        for payload in payloads:
+            self.sequence += 1
+            message = struct.pack("!HHH", 0, self.identifier, self.sequence) + payload
+            start = struct.pack("!BB", self.request_type, 0)
+            # For ICMPv6 the kernel does it.
+            checksum = 0 if self.ipv6 else internet_checksum(start + message)
+            self.socket.send(start + struct.pack("!H", checksum) + message[2:])
+
+    def receive(self, timeout: float = TIMEOUT) -> bytes:
+        """The payload of the next reply; raises as `UdpFlow.receive`."""
+        deadline = time.monotonic() + timeout
+        while True:
+            self.socket.settimeout(max(deadline - time.monotonic(), 0.001))
+            message = self.socket.recv(65536)
+            if not self.ipv6:
+                message = message[(message[0] & 0xF) * 4 :]
+            # A raw socket sees what other sockets asked too, and on loopback the requests.
+            kind, _, _, identifier, _ = struct.unpack_from("!BBHHH", message)
+            if (kind, identifier) == (self.reply_type, self.identifier):
+                return message[8:]
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+class TcpTransfer:
+    """Data on its way from a node to another in two threads, while the test handles the packets."""
+
+    def __init__(self, route: Route, data: bytes) -> None:
+        self.listener = route.destination.socket(route.family, socket.SOCK_STREAM)
+        self.listener.bind((route.address, 0))
+        self.listener.listen()
+        self.port: int = self.listener.getsockname()[1]
+        self.sender = route.source.socket(route.family, socket.SOCK_STREAM)
+        for end in (self.listener, self.sender):
+            end.settimeout(TIMEOUT)
+        self.threads = ThreadPoolExecutor(2)
+        self.sent = self.threads.submit(self._send, (route.address, self.port), data)
+        self.received = self.threads.submit(self._receive)
+
+    def _send(self, address: tuple[str, int], data: bytes) -> None:
+        with self.sender:
+            self.sender.connect(address)
+            self.sender.sendall(data)
+
+    def _receive(self) -> bytes:
+        connection, _ = self.listener.accept()
+        parts = []
+        with connection:
+            connection.settimeout(TIMEOUT)
+            while part := connection.recv(65536):
+                parts.append(part)
+        return b"".join(parts)
+
+    @property
+    def done(self) -> bool:
+        return self.received.done() and self.sent.done()
+
+    def result(self) -> bytes:
+        """What arrived. Raises what either end raised."""
+        self.sent.result(TIMEOUT)
+        return self.received.result(TIMEOUT)
+
+    def close(self) -> None:
+        self.threads.shutdown()
+        self.sender.close()
+        self.listener.close()
+
+
+Flow = TypeVar("Flow", UdpFlow, Ping, TcpTransfer)
+
+
+class Traffic:
+    """Makes traffic that is closed after the test. Paths are the keys of `CHAINS`."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self._sandbox = sandbox
+        self._stack = contextlib.ExitStack()
+
+    def udp(self, path: str = "loopback", *, ipv6: bool = False) -> UdpFlow:
+        return self._keep(UdpFlow(Route.of(self._sandbox, path, ipv6=ipv6)))
+
+    def ping(self, path: str = "loopback", *, ipv6: bool = False) -> Ping:
+        return self._keep(Ping(Route.of(self._sandbox, path, ipv6=ipv6)))
+
+    def tcp(self, path: str, data: bytes, *, ipv6: bool = False) -> TcpTransfer:
+        return self._keep(TcpTransfer(Route.of(self._sandbox, path, ipv6=ipv6), data))
+
+    def _keep(self, flow: Flow) -> Flow:
+        return self._stack.enter_context(contextlib.closing(flow))
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+class QueuedUdp:
+    """Datagrams that pass a queue of this process. `packets`: those delivered so far."""
+
+    def __init__(self, flow: UdpFlow, queue: NetfilterQueue, packets: list[Packet]) -> None:
+        self.flow = flow
+        self.queue = queue
+        self.packets = packets
+
+    def deliver(self, *payloads: bytes) -> list[Packet]:
+        """Send datagrams, run the queue until all have been delivered, and return their packets."""
+        before = len(self.packets)
+        self.flow.send(*payloads)
+        run_until(self.queue, lambda: len(self.packets) >= before + len(payloads))
+        return self.packets[before:]
+
+    def deliver_one(self, payload: bytes = b"hello") -> Packet:
+        (packet,) = self.deliver(payload)
+        return packet
+
+
+class Program:
+    """A running Python program, text given, that uses the same `netfilterqueue` as the tests.
+
+    Standard error goes the way of standard output. Each wait has a deadline (seconds), after which
+    the program is made to show its tracebacks and is killed, and the test fails with its output.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        source: str,
+        *arguments: str,
+        python: Sequence[str] = ("-W", "error", "-X", "faulthandler", "-u"),
+        env: dict[str, str] | None = None,
+    ) -> None:
+        package = str(Path(netfilterqueue.__file__).parents[1])
+        search = filter(None, (package, os.environ.get("PYTHONPATH")))
+        self.process = node.popen(
+            [sys.executable, *python, "-c", textwrap.dedent(source), *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd="/",  # else a `netfilterqueue` in the current directory would come first
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(search), **(env or {})},
+        )
+        assert self.process.stdout is not None
+        self._stdout = self.process.stdout
+        self._output = b""
+
+    @property
+    def output(self) -> str:
+        """What was read so far; all of it after `wait`."""
+        return self._output.decode(errors="backslashreplace")
+
+    def wait_for(self, text: str, timeout: float = TIMEOUT) -> None:
+        """Return when the output contains the text."""
+        deadline = time.monotonic() + timeout
+        while text not in self.output:
+            if not self._read(deadline):
+                self._fail(f"ended without {text!r}")
+
+    def interrupt(self) -> None:
+        """What Ctrl-C does."""
+        self.process.send_signal(signal.SIGINT)
+
+    def wait(self, timeout: float = TIMEOUT) -> int:
+        """Return the exit status when the program has ended."""
+        deadline = time.monotonic() + timeout
+        while self._read(deadline):
+            pass
+        return self.process.wait()
+
+    def run(self, timeout: float = TIMEOUT) -> str:
+        """Wait for the program's end, which must be a success, and return its output."""
+        if (status := self.wait(timeout)) != 0:
+            self._fail(f"exit status {status}")
+        return self.output
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._stdout.close()
+
+    def _read(self, deadline: float) -> bool:
+        """Read more output; false at its end."""
+        remaining = deadline - time.monotonic()
+        if remaining < 0 or not select.select([self._stdout], [], [], remaining)[0]:
+            self.process.send_signal(signal.SIGABRT)  # faulthandler shows the tracebacks
+            self._output += self._stdout.read()
+            self._fail("too slow")
+        data = os.read(self._stdout.fileno(), 65536)
+        self._output += data
+        return bool(data)
+
+    def _fail(self, reason: str) -> None:
+        self.close()
+        raise AssertionError(f"{reason}; the output of the program:\n{self.output}")
