@@ -1,0 +1,140 @@
+"""What ``mypy --strict`` must make of a program that runs a queue. Checked, never executed.
+
+A line that must be refused carries the ignore of exactly its error: mypy reports the ignore as
+unused as soon as the line is accepted.
+"""
+
+from __future__ import annotations
+
+import functools
+import socket
+
+from typing_extensions import assert_type
+
+import netfilterqueue
+from netfilterqueue import COPY_META, COPY_PACKET, PROTOCOLS, Hook, NetfilterQueue, Packet, Verdict
+
+
+def accept(packet: Packet) -> None:
+    packet.accept()
+
+
+def decide(packet: Packet) -> Verdict:
+    return Verdict.DROP if packet.mark else Verdict.ACCEPT
+
+
+def decide_some(packet: Packet) -> Verdict | None:
+    return Verdict.DROP if packet.mark else None
+
+
+def answer_with_a_number(packet: Packet) -> int:
+    return packet.mark
+
+
+def callback_with_an_argument(label: str, packet: Packet) -> None:
+    print(label, packet)
+
+
+class Filter:
+    def inspect(self, packet: Packet) -> None:
+        packet.drop()
+
+
+class Counting(NetfilterQueue):
+    def __init__(self, label: str) -> None:
+        super().__init__()
+        self.label = label
+
+    def handle(self, packet: Packet) -> None:
+        packet.accept()
+
+
+def callbacks(queue: NetfilterQueue) -> None:
+    queue.bind(1, accept)
+    queue.bind(1, decide)
+    queue.bind(1, decide_some)
+    queue.bind(1, lambda packet: packet.accept())
+    queue.bind(1, Filter().inspect)
+    queue.bind(1, functools.partial(callback_with_an_argument, "queue 1"))
+    queue.bind(1, answer_with_a_number)  # type: ignore[arg-type]
+    queue.bind(1, callback_with_an_argument)  # type: ignore[arg-type]
+
+
+def bind_arguments(queue: NetfilterQueue) -> None:
+    queue.bind(1, accept, 100, COPY_PACKET, 65535, 1 << 20)
+    queue.bind(queue_num=1, user_callback=accept, max_len=100, mode=COPY_META, range=20, sock_len=1)
+    queue.bind(1, callback=accept, timestamps=False, batch=1, verdict_delay=0)
+    queue.bind("1", accept)  # type: ignore[arg-type]
+    queue.bind(1, accept, 100, COPY_PACKET, 65535, 1 << 20, accept)  # type: ignore[call-arg]
+
+
+def life_of_a_queue() -> None:
+    with NetfilterQueue() as queue:
+        assert_type(queue, NetfilterQueue)
+        assert_type(queue.get_fd(), int)
+        assert_type(queue.fileno(), int)
+        queue.run()
+        queue.run(False)
+        queue.run(block=False)
+        with socket.fromfd(queue.get_fd(), socket.AF_NETLINK, socket.SOCK_RAW) as sock:
+            queue.run_socket(sock)
+        queue.run_socket(queue)  # type: ignore[arg-type]
+        queue.stop()
+        queue.unbind()
+        queue.close()
+    NetfilterQueue(af=socket.AF_INET6, sockfd=3)
+    NetfilterQueue(3)  # type: ignore[call-arg]
+
+
+def subclass() -> None:
+    with Counting("queue 1") as queue:
+        assert_type(queue, Counting)
+        queue.bind(1)
+        queue.bind(1, mode=NetfilterQueue.COPY_META)
+
+
+def packet_members(packet: Packet) -> None:
+    assert_type(packet.id, int)
+    assert_type(packet.hook, int)
+    assert_type(Hook(packet.hook), Hook)
+    assert_type(packet.hw_protocol, int)
+    assert_type(packet.mark, int)
+    assert_type(packet.indev, int)
+    assert_type(packet.outdev, int)
+    assert_type(packet.physindev, int)
+    assert_type(packet.physoutdev, int)
+    assert_type(packet.queue_num, int)
+    assert_type(packet.verdict, "Verdict | None")
+    assert_type(packet.get_payload(), bytes)
+    assert_type(packet.get_payload_len(), int)
+    assert_type(packet.get_hw(), "bytes | None")
+    assert_type(packet.get_timestamp(), float)
+    assert_type(packet.get_mark(), int)
+    assert_type(bytes(packet), bytes)
+    assert_type(len(packet), int)
+    with memoryview(packet) as view:
+        assert_type(view[0], int)
+    packet.id = 1  # type: ignore[misc]
+
+
+def packet_decisions(packet: Packet) -> None:
+    packet.retain()
+    packet.set_mark(0xFFFFFFFF)
+    packet.set_payload(b"")
+    packet.set_payload(bytearray(20))
+    packet.set_payload(memoryview(b"")[4:])
+    packet.set_payload(packet)
+    packet.set_payload(None)
+    packet.set_payload("text")  # type: ignore[arg-type]
+    packet.accept()
+    packet.drop()
+    packet.repeat()
+    packet.requeue(2)  # type: ignore[attr-defined]
+
+
+def module_members() -> None:
+    assert_type(PROTOCOLS[6], str)
+    assert_type(netfilterqueue.BUFFER_SIZE, int)
+    assert_type(netfilterqueue.__version__, str)
+    assert_type(netfilterqueue.VERSION, "tuple[int, ...]")
+    assert_type(netfilterqueue.COPY_NONE, int)
