@@ -16,6 +16,19 @@ CAPABILITY = (
 )
 
 
+CAP_NET_ADMIN = 12  # <linux/capability.h>
+
+
+def has_net_admin() -> bool:
+    """Whether the calling thread has the capability at all, over whatever network namespace."""
+    try:
+        status = Path("/proc/thread-self/status").read_text()
+    except OSError:
+        return True
+    effective = next(line for line in status.splitlines() if line.startswith("CapEff:"))
+    return bool(int(effective.split()[1], 16) >> CAP_NET_ADMIN & 1)
+
+
 def holder_of(queue_num: int) -> int | None:
     """The port id that has this queue bound, or None where it cannot be known."""
     try:
@@ -38,13 +51,20 @@ def name_of(port_id: int) -> str:
     return f"port id {port_id}, probably process {port_id} ({command})"
 
 
-def bind_refused(queue_num: int, error: int) -> OSError:
-    """The exception for a refused bind request; PermissionError where errno is EPERM."""
-    holder = holder_of(queue_num) if error in (errno.EPERM, errno.EBUSY) else None
-    if holder is not None:
+def bind_refused(queue_num: int, error: int, own_port_id: int, *, elsewhere: bool) -> OSError:
+    """The exception for a refused bind request; PermissionError where errno is EPERM.
+
+    ``elsewhere``: the socket can belong to another network namespace than the calling thread.
+    """
+    holder = None
+    if error == errno.EPERM and not elsewhere:
+        holder = holder_of(queue_num)
+    if error == errno.EBUSY:
+        why = f"the number is taken by port id {own_port_id}, which is this very socket"
+    elif error == errno.EPERM and not has_net_admin():
+        why = CAPABILITY
+    elif holder is not None:
         why = f"the number is taken by {name_of(holder)}; end that program or use another number"
-    elif error == errno.EBUSY:
-        why = "the number is taken; use another, or end the program that holds it"
     elif error == errno.EPERM:
         why = f"{CAPABILITY}, unless another program holds the number there"
     elif error == errno.EINVAL:
@@ -52,6 +72,14 @@ def bind_refused(queue_num: int, error: int) -> OSError:
     else:
         why = reason(error)
     return OSError(error, f"Failed to create queue {queue_num}: {why}")
+
+
+def bind_unanswered(queue_num: int) -> OSError:
+    return OSError(
+        errno.ENOBUFS,
+        f"Failed to create queue {queue_num}: the kernel's answer was lost; let nobody else read "
+        "this socket, or use a larger receive buffer (sock_len)",
+    )
 
 
 def reason(error: int) -> str:

@@ -63,7 +63,9 @@ def copy_mode(value: Any) -> int:
 def one_callback(user_callback: Any, callback: Any) -> Any:
     """The callback under either of the names that programs use for it."""
     if user_callback is not None and callback is not None:
-        raise TypeError("bind() got two callbacks: user_callback and callback are one argument")
+        raise TypeError(
+            "bind() got two callbacks: user_callback and callback are the same argument"
+        )
     chosen = user_callback if callback is None else callback
     if chosen is not None and not callable(chosen):
         raise TypeError(

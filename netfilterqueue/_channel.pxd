@@ -30,6 +30,11 @@ cdef struct Alive:
 cdef Alive alive_now
 
 
+cdef enum:
+    # What request() returns where somebody else's read has taken the kernel's answer; no errno.
+    UNANSWERED = 0x10000
+
+
 cdef int check(int result, str call) except -1
 cdef object os_error(int error, str what)
 
@@ -61,6 +66,7 @@ cdef class Channel:
     cdef dict answers           # sequence number -> errno of the kernel's answer, or None as yet
     cdef int readers            # reads under way, those interrupted by a signal handler included
     cdef int reading            # of them, those in the system call itself, or in another's recv()
+    cdef list foreign           # of these, the threads in another object's recv()
     cdef int waiters            # threads that wait for a read to end
     cdef object news            # Condition: one did
     cdef unsigned int slots     # of the slabs to be made
@@ -70,11 +76,17 @@ cdef class Channel:
     cdef list refusals          # (sequence number, errno) of messages that asked for no answer
     cdef uint64_t malformed     # datagrams, or ends of them, that are no netlink messages
 
+    cdef uint32_t port_id(self) except? 0
     cdef int shape(self, unsigned int slots, size_t slot_size) except -1
     cdef Slab spare_slab(self)
     cdef Slab receive(self, int flags)
+    cdef int await_readable(self, int milliseconds) except -1
+    cdef int look_back(self, bint on) except -1
     cdef int take(self, const nlmsghdr *message, size_t length) except -1
     cdef int end_reading(self) except -1
+    cdef int begin_foreign(self) except -1
+    cdef int end_foreign(self) except -1
+    cdef int others_reading(self) except -1
     cdef int await_readers(self) except -1
     cdef int await_news(self, double deadline) except -1
     cdef int request(self, nlmsghdr *message) except -1

@@ -2,19 +2,20 @@
 others to know."""
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
-from libc.errno cimport EAGAIN, EINTR, ENOBUFS, ETIMEDOUT, errno
+from libc.errno cimport EAGAIN, EINTR, ENOBUFS, errno
 from libc.stdint cimport uint32_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
 from netfilterqueue._netlink cimport Cursor, next_message
 from netfilterqueue._uapi cimport (
-    AF_NETLINK, F_DUPFD_CLOEXEC, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_WAITFORONE, NETLINK_CAP_ACK,
-    NETLINK_NETFILTER, NETLINK_NO_ENOBUFS, NLMSG_ERROR, NLMSG_MIN_TYPE, NLMSG_NOOP, NLM_F_ACK,
-    NLM_F_REQUEST, SOCK_CLOEXEC, SOCK_RAW, SOL_NETLINK, SOL_SOCKET, SO_DOMAIN, SO_PROTOCOL,
-    SO_RCVBUF, SO_RCVBUFFORCE, SO_TIMESTAMP, bind, close, connect, fcntl, getsockname, getsockopt,
-    mmsghdr, nlmsgerr, nlmsghdr, recvmmsg, send, setsockopt, sockaddr, sockaddr_nl, socket,
-    socklen_t,
+    AF_NETLINK, F_DUPFD_CLOEXEC, F_GETFL, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_WAITFORONE,
+    NETLINK_CAP_ACK, NETLINK_NETFILTER, NETLINK_NO_ENOBUFS, NLMSG_ERROR, NLMSG_MIN_TYPE,
+    NLMSG_NOOP, NLM_F_ACK, NLM_F_REQUEST, O_NONBLOCK, POLLIN, SOCK_CLOEXEC, SOCK_RAW,
+    SOL_NETLINK, SOL_SOCKET, SO_DOMAIN, SO_PROTOCOL, SO_RCVBUF, SO_RCVBUFFORCE, SO_RCVTIMEO,
+    SO_TIMESTAMP, bind, close, connect, fcntl, getsockname, getsockopt, mmsghdr,
+    mnl_nlmsg_put_header, nlmsgerr, nlmsghdr, poll, pollfd, recvmmsg, send, setsockopt,
+    sockaddr, sockaddr_nl, socket, socklen_t, timeval,
 )
 
 import os
@@ -25,8 +26,9 @@ cdef enum:
     POOLED_SLABS = 4
     PAGE = 4096
     CACHE_LINE = 64
+    LOOK_BACK = 100000  # microseconds
 
-# How often a request is sent whose answer is lost to a full receive buffer.
+# How often a request is sent whose answer is lost.
 cdef enum:
     TRIES = 3
 
@@ -142,6 +144,7 @@ cdef class Channel:
         self.answers = {}
         self.news = threading.Condition()
         self.slabs = []
+        self.foreign = []
         self.arrived = []
         self.refusals = []
         if sockfd < 0:
@@ -162,7 +165,7 @@ cdef class Channel:
         cdef socklen_t length = sizeof(address)
         memset(&address, 0, sizeof(address))
         address.nl_family = AF_NETLINK
-        if not has_port(self.fd):
+        if not self.port_id():
             check(bind(self.fd, <sockaddr *> &address, length), "cannot bind the netlink socket")
         # Once connected to port 0, the kernel refuses what other processes send to this socket.
         check(connect(self.fd, <sockaddr *> &address, length), "cannot connect to the kernel")
@@ -170,6 +173,14 @@ cdef class Channel:
         set_option(self.fd, SOL_NETLINK, NETLINK_NO_ENOBUFS, 1)
         # An error need not bring the whole request back.
         set_option(self.fd, SOL_NETLINK, NETLINK_CAP_ACK, 1)
+
+    cdef uint32_t port_id(self) except? 0:
+        """The number under which the kernel knows this socket; 0: it has none yet."""
+        cdef sockaddr_nl address
+        cdef socklen_t length = sizeof(address)
+        check(getsockname(self.fd, <sockaddr *> &address, &length),
+              "cannot read the socket's address")
+        return address.nl_pid
 
     cdef int shape(self, unsigned int slots, size_t slot_size) except -1:
         """Decide how many datagrams one read takes at the most, and how long each may be."""
@@ -201,8 +212,8 @@ cdef class Channel:
             while True:
                 # The last moment before the wait: a signal that came earlier is handled now.
                 PyErr_CheckSignals()
-                self.reading += 1
                 slab.users += 1
+                self.reading += 1
                 with nogil:
                     count = recvmmsg(self.fd, slab.headers, slab.slots, flags | MSG_WAITFORONE, NULL)
                     error = errno
@@ -212,13 +223,48 @@ cdef class Channel:
                     slab.take_stock(self)
                     return slab
                 slab.users -= 1
-                if error == EAGAIN or self.fd < 0:
+                if self.fd < 0:
                     return None
+                if error == EAGAIN:
+                    if flags & MSG_DONTWAIT or check(fcntl(self.fd, F_GETFL), "fcntl") & O_NONBLOCK:
+                        return None
+                    # The time of look_back() is over.
+                    PyErr_CheckSignals()
+                    self.await_readable(-1)
+                    continue
                 # ENOBUFS needs no word: what was lost shows in the kernel's counters.
                 if error != EINTR and error != ENOBUFS:
                     raise os_error(error, "cannot read from the netlink socket")
         finally:
             self.readers -= 1
+
+    cdef int await_readable(self, int milliseconds) except -1:
+        """Wait until there is something to read, or a signal came, or for that long; -1: for ever."""
+        cdef pollfd descriptor
+        cdef int result, error
+        descriptor.fd = self.fd
+        descriptor.events = POLLIN
+        self.reading += 1
+        with nogil:
+            result = poll(&descriptor, 1, milliseconds)
+            error = errno
+        self.end_reading()
+        if result < 0 and error != EINTR:
+            raise os_error(error, "cannot wait for the netlink socket")
+        return 0
+
+    cdef int look_back(self, bint on) except -1:
+        """Have a reader that waits look for signals once more, LOOK_BACK after it began to wait.
+
+        A signal that comes after the look at it and before the wait would not be handled until the
+        next packet came; and programs get signals when they have just shown something, which is
+        when a packet was handled. Later, nothing makes the two meet.
+        """
+        cdef timeval after
+        after.tv_sec = 0
+        after.tv_usec = LOOK_BACK if on else 0
+        return check(setsockopt(self.fd, SOL_SOCKET, SO_RCVTIMEO, &after, sizeof(after)),
+                     "cannot set a time limit for the netlink socket")
 
     cdef int end_reading(self) except -1:
         self.reading -= 1
@@ -227,10 +273,27 @@ cdef class Channel:
                 self.news.notify_all()
         return 0
 
+    cdef int begin_foreign(self) except -1:
+        """Another object's recv() is about to be called, which can run Python code on this thread:
+        signal handlers, greenlets."""
+        self.readers += 1
+        self.reading += 1
+        self.foreign.append(threading.get_ident())
+        return 0
+
+    cdef int end_foreign(self) except -1:
+        self.foreign.remove(threading.get_ident())
+        self.readers -= 1
+        return self.end_reading()
+
+    cdef int others_reading(self) except -1:
+        return self.reading - self.foreign.count(threading.get_ident())
+
     cdef int await_readers(self) except -1:
-        """Make the threads that wait in a read return."""
+        """Make the other threads that wait in a read return."""
         deadline = time.monotonic() + PATIENCE
-        while self.reading > 0 and time.monotonic() < deadline:
+        while self.others_reading() > 0 and time.monotonic() < deadline:
+            # One message wakes one reader.
             self.wake()
             self.await_news(deadline)
         return 0
@@ -268,7 +331,7 @@ cdef class Channel:
 
     cdef int request(self, nlmsghdr *message) except -1:
         """Send a message that asks for an acknowledgement and return the kernel's errno, 0 for
-        success. Other messages that come meanwhile are kept in ``arrived``."""
+        success, or UNANSWERED. Other messages that come meanwhile are kept in ``arrived``."""
         cdef uint32_t sequence
         cdef int attempt
         self.sequence = (self.sequence + 1) & 0x7FFFFFFF or 1
@@ -281,21 +344,21 @@ cdef class Channel:
                 self.await_answer(sequence)
                 if self.answers[sequence] is not None:
                     return self.answers[sequence]
-            raise os_error(ENOBUFS, "the kernel's answer was lost to a full receive buffer; "
-                                    "use a larger one (sock_len)")
+            return UNANSWERED
         finally:
             del self.answers[sequence]
 
     cdef int await_answer(self, uint32_t sequence) except -1:
         # The kernel answers within the send. So either the answer is in the socket, or another
-        # thread's read has brought it, or it is lost.
+        # thread's read has brought it, or it is lost: to a full receive buffer, or to another
+        # process that reads this socket too.
         cdef Slab slab
         deadline = time.monotonic() + PATIENCE
         while self.answers[sequence] is None:
             slab = self.receive(MSG_DONTWAIT)
             if slab is not None:
                 self.keep(slab)
-            elif self.reading <= 0 or time.monotonic() >= deadline:
+            elif self.others_reading() <= 0 or time.monotonic() >= deadline:
                 return 0
             else:
                 self.await_news(deadline)
@@ -332,8 +395,7 @@ cdef class Channel:
         cdef nlmsghdr message
         if self.fd < 0:
             return 0
-        memset(&message, 0, sizeof(message))
-        message.nlmsg_len = sizeof(message)
+        mnl_nlmsg_put_header(&message)
         message.nlmsg_type = NLMSG_NOOP
         message.nlmsg_flags = NLM_F_REQUEST | NLM_F_ACK
         return self.transmit(&message)
@@ -341,6 +403,7 @@ cdef class Channel:
     cdef int forget_threads(self) except -1:
         """After a fork, in the child: the other threads are the parent's."""
         self.readers = self.reading = self.waiters = 0
+        self.foreign.clear()
         self.news = threading.Condition()
         return 0
 
@@ -376,13 +439,6 @@ cdef int duplicate(int sockfd) except -1:
         raise ValueError(f"sockfd {sockfd} is no netlink socket of the netfilter family: open it "
                          "with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12)")
     return check(fcntl(sockfd, F_DUPFD_CLOEXEC, 0), f"cannot duplicate descriptor {sockfd}")
-
-
-cdef bint has_port(int fd) except -1:
-    cdef sockaddr_nl address
-    cdef socklen_t length = sizeof(address)
-    check(getsockname(fd, <sockaddr *> &address, &length), "cannot read the socket's address")
-    return address.nl_pid != 0
 
 
 cdef int get_option(int fd, int level, int name) except -1:

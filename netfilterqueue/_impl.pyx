@@ -1,12 +1,13 @@
 """``NetfilterQueue``: a queue bound, run and stopped."""
 from cpython.bytes cimport PyBytes_CheckExact
+from cpython.exc cimport PyErr_CheckSignals
 from cpython.object cimport PyTypeObject
 from libc.errno cimport EAGAIN, ENOBUFS, ENODEV
 from libc.stdint cimport uint32_t, uint64_t
 from posix.types cimport pid_t
 
 from netfilterqueue._channel cimport BUFFER_SIZE as COMPILED_BUFFER_SIZE
-from netfilterqueue._channel cimport Channel, Slab
+from netfilterqueue._channel cimport UNANSWERED, Channel, Slab
 from netfilterqueue._nfqueue cimport ATTRIBUTE_ROOM, REQUEST_WORDS, encode_bind, encode_unbind
 from netfilterqueue._outbox cimport Outbox, is_verdict
 from netfilterqueue._packet cimport Batch, Packet, Tally, new_batch
@@ -16,12 +17,13 @@ import atexit
 import contextlib
 import os
 import socket
+import threading
 import warnings
 import weakref
 
 from netfilterqueue import constants
-from netfilterqueue._advice import bind_refused, unbind_refused
-from netfilterqueue._arguments import check_bind
+from netfilterqueue._advice import bind_refused, bind_unanswered, unbind_refused
+from netfilterqueue._arguments import MAX_INT, check_bind, integer
 from netfilterqueue.constants import Verdict
 
 BUFFER_SIZE = COMPILED_BUFFER_SIZE
@@ -54,7 +56,9 @@ cdef class NetfilterQueue:
 
     cdef object __weakref__
     cdef Channel channel        # None until it is needed: a subclass may never call __init__
+    cdef bint adopted           # its socket is somebody else's, perhaps of another namespace
     cdef bint is_closed
+    cdef object transition      # RLock: bind, unbind and close, one at a time
     cdef Outbox outbox          # of the present binding; None: not bound
     cdef int queue_num
     cdef pid_t bound_by         # a forked child must not unbind its parent's queue
@@ -68,14 +72,16 @@ cdef class NetfilterQueue:
     cdef uint64_t request_errors
 
     def __cinit__(self, *args, **kwargs):
+        # Reentrant, for signal handlers that unbind.
+        self.transition = threading.RLock()
         live_queues[id(self)] = self
 
     def __init__(self, *, af=socket.AF_INET, sockfd=-1):
-        if sockfd < -1:
-            raise ValueError(f"sockfd is {sockfd}, but must be a descriptor, or -1 for a new socket")
+        descriptor = integer("sockfd", sockfd, -1, MAX_INT)
         if self.channel is not None:
             raise RuntimeError("this queue has a socket already: call __init__ once, and first")
-        self.channel = Channel(sockfd)
+        self.channel = Channel(descriptor)
+        self.adopted = descriptor >= 0
 
     def __del__(self):
         self.close()
@@ -137,15 +143,14 @@ cdef class NetfilterQueue:
         already, OSError if the number is taken and PermissionError without CAP_NET_ADMIN. After
         an error the queue is not bound.
         """
-        cdef Channel channel
         binding = check_bind(queue_num, user_callback, max_len, mode, range, sock_len, callback,
                              timestamps, batch, verdict_delay)
         if binding.callback is None and type(self).handle is NetfilterQueue.handle:
             raise TypeError("bind() needs a callback: pass one, or override handle() in a subclass")
-        if self.outbox is not None:
-            raise RuntimeError("A queue is already bound; use unbind() first")
-        channel = self.open_channel()
-        granted = self.configure(channel, binding)
+        with self.transition:
+            if self.outbox is not None:
+                raise RuntimeError("A queue is already bound; use unbind() first")
+            granted = self.configure(self.open_channel(), binding)
         # Twice the size is what the kernel says of a request granted in full.
         if granted < 2 * binding.sock_len:
             try:
@@ -179,8 +184,10 @@ cdef class NetfilterQueue:
             # Interrupted after the kernel has done it, perhaps.
             channel.transmit(encode_unbind(request, binding.queue_num))
             raise
+        if error == UNANSWERED:
+            raise bind_unanswered(binding.queue_num)
         if error:
-            raise bind_refused(binding.queue_num, error)
+            raise bind_refused(binding.queue_num, error, channel.port_id(), elsewhere=self.adopted)
         self.queue_num = binding.queue_num
         self.callback = binding.callback
         self.bound_by = getpid()
@@ -199,15 +206,17 @@ cdef class NetfilterQueue:
         Does nothing if the queue is not bound. Can be called from any thread, from the callback
         and from signal handlers. Raises OSError if the kernel refuses.
         """
-        cdef Outbox outbox = self.outbox
-        if outbox is None:
-            return
-        self.outbox = None
-        try:
-            outbox.close()
-        finally:
-            self.forget_batches()
-            self.release_queue()
+        cdef Outbox outbox
+        with self.transition:
+            outbox = self.outbox
+            if outbox is None:
+                return
+            self.outbox = None
+            try:
+                outbox.close()
+            finally:
+                self.forget_batches()
+                self.release_queue()
 
     cdef int release_queue(self) except -1:
         cdef uint32_t request[REQUEST_WORDS]
@@ -219,25 +228,28 @@ cdef class NetfilterQueue:
             return 0
         error = self.channel.request(message)
         self.channel.discard_pending()
-        # ENODEV: the kernel's answer to an earlier try was lost.
-        if error and error != ENODEV:
+        # ENODEV: the answer to an earlier try was lost; unbound it is in either case.
+        if error and error != ENODEV and error != UNANSWERED:
             raise unbind_refused(self.queue_num, error)
         return 0
 
     def close(self):
         """Unbind, and close the socket. Idempotent. In a forked child it closes the child's
         descriptor and leaves the queue bound, unless the child itself has bound it."""
-        cdef Outbox outbox = self.outbox
-        self.is_closed = True
-        try:
-            if outbox is not None and self.bound_by != getpid():
-                self.outbox = None
-                self.forget_batches()
-                outbox.close()
-            self.unbind()
-        finally:
-            if self.channel is not None:
-                self.channel.close()
+        cdef Outbox outbox
+        with self.transition:
+            outbox = self.outbox
+            self.is_closed = True
+            try:
+                if outbox is not None and self.bound_by != getpid():
+                    self.outbox = None
+                    self.forget_batches()
+                    outbox.close()
+                self.unbind()
+            finally:
+                if self.channel is not None:
+                    self.channel.await_readers()
+                    self.channel.close()
 
     # Receiving
 
@@ -255,11 +267,14 @@ cdef class NetfilterQueue:
         queue is not bound, OSError if reading or sending fails.
         """
         cdef bint wait = bool(block)
+        cdef bint handles_signals = wait and threading.current_thread() is threading.main_thread()
         cdef bint more = True
         cdef Slab slab
         cdef Outbox outbox = self.enter()
         callback = self.callback if self.callback is not None else self.handle
         try:
+            if handles_signals:
+                self.channel.look_back(True)
             while not self.deliver(outbox, callback):
                 if not (wait or more):
                     return
@@ -270,7 +285,11 @@ cdef class NetfilterQueue:
                 more = slab.filled == <int> slab.slots
                 self.take(slab, outbox)
         finally:
-            self.leave(outbox)
+            try:
+                self.leave(outbox)
+            finally:
+                if handles_signals and not self.is_closed:
+                    self.channel.look_back(False)
 
     def run_socket(self, sock):
         """Like run(), but read through ``sock.recv(n)``: with a socket that gevent has patched,
@@ -301,8 +320,9 @@ cdef class NetfilterQueue:
 
     cdef bytes receive_from(self, sock):
         """A datagram; empty if nothing is pending, None after an overrun."""
-        self.channel.readers += 1
-        self.channel.reading += 1
+        # While there are packets, recv() neither waits nor looks whether a signal came.
+        PyErr_CheckSignals()
+        self.channel.begin_foreign()
         try:
             datagram = sock.recv(self.channel.slot_size)
         except OSError as error:
@@ -312,8 +332,7 @@ cdef class NetfilterQueue:
                 return None
             raise
         finally:
-            self.channel.readers -= 1
-            self.channel.end_reading()
+            self.channel.end_foreign()
         if PyBytes_CheckExact(datagram):
             return datagram
         return bytes(memoryview(datagram))
@@ -460,6 +479,7 @@ cdef class NetfilterQueue:
     cdef int begin_in_child(self) except -1:
         # What the parent has read, the parent delivers.
         self.forget_batches()
+        self.transition = threading.RLock()
         if self.channel is not None:
             self.channel.forget_threads()
         return 0

@@ -13,11 +13,11 @@ from netfilterqueue._netlink cimport (
 from netfilterqueue._uapi cimport (
     NFNL_SUBSYS_QUEUE, NFQA_HWADDR, NFQA_IFINDEX_INDEV, NFQA_IFINDEX_OUTDEV,
     NFQA_IFINDEX_PHYSINDEV, NFQA_IFINDEX_PHYSOUTDEV, NFQA_MARK, NFQA_PACKET_HDR, NFQA_PAYLOAD,
-    NFQA_TIMESTAMP, NFQNL_CFG_CMD_BIND, NFQNL_CFG_CMD_UNBIND, NFQNL_MSG_CONFIG, NFQNL_MSG_PACKET,
-    NFQNL_MSG_VERDICT, NLM_F_ACK, nfgenmsg, nfq_nlmsg_cfg_put_cmd, nfq_nlmsg_cfg_put_params,
-    nfq_nlmsg_cfg_put_qmaxlen, nfq_nlmsg_put, nfq_nlmsg_verdict_put, nfq_nlmsg_verdict_put_mark,
-    nfq_nlmsg_verdict_put_pkt, nfqnl_msg_packet_hdr, nfqnl_msg_packet_hw,
-    nfqnl_msg_packet_timestamp, nlattr, nlmsghdr, ntohs,
+    NFQA_TIMESTAMP, NFQNL_CFG_CMD_BIND, NFQNL_CFG_CMD_UNBIND, NFQNL_MSG_CONFIG,
+    NFQNL_MSG_PACKET, NFQNL_MSG_VERDICT, NLM_F_ACK, nfgenmsg, nfq_nlmsg_cfg_put_cmd,
+    nfq_nlmsg_cfg_put_params, nfq_nlmsg_cfg_put_qmaxlen, nfq_nlmsg_put, nfq_nlmsg_verdict_put,
+    nfq_nlmsg_verdict_put_mark, nfq_nlmsg_verdict_put_pkt, nfqnl_msg_packet_hdr,
+    nfqnl_msg_packet_hw, nfqnl_msg_packet_timestamp, nlattr, nlmsghdr, ntohs,
 )
 
 
@@ -207,4 +207,7 @@ cdef inline size_t encode_verdict(char *buffer, uint16_t queue_num, uint32_t id,
         nfq_nlmsg_verdict_put_mark(message, decision.mark)
     if decision.payload is not NULL:
         nfq_nlmsg_verdict_put_pkt(message, decision.payload, decision.payload_length)
+        # libmnl leaves the padding as it finds it: at most 3 bytes.
+        memset(buffer + message.nlmsg_len - (-decision.payload_length & 3), 0,
+               -decision.payload_length & 3)
     return message.nlmsg_len

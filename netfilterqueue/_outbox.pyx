@@ -8,10 +8,11 @@ from netfilterqueue._nfqueue cimport Decision, decision_size, encode_verdict
 from netfilterqueue._uapi cimport (
     CLOCK_MONOTONIC, MSG_NOSIGNAL, SIG_SETMASK, clock_gettime, clock_time, pthread_atfork,
     pthread_cond_destroy, pthread_cond_init, pthread_cond_signal, pthread_cond_timedwait,
-    pthread_cond_wait, pthread_condattr_destroy, pthread_condattr_init, pthread_condattr_setclock,
-    pthread_condattr_t, pthread_create, pthread_join, pthread_mutex_destroy, pthread_mutex_init,
-    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_trylock, pthread_mutex_unlock,
-    pthread_setname_np, pthread_sigmask, send, sigfillset, sigset_t,
+    pthread_cond_wait, pthread_condattr_destroy, pthread_condattr_init,
+    pthread_condattr_setclock, pthread_condattr_t, pthread_create, pthread_join,
+    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
+    pthread_mutex_trylock, pthread_mutex_unlock, pthread_setname_np, pthread_sigmask, send,
+    sigfillset, sigset_t,
 )
 
 from netfilterqueue._advice import verdicts_not_sent
@@ -137,13 +138,15 @@ cdef class Outbox:
 
     cdef int close(self) except -1:
         """Send what is pending and take no more."""
+        cdef int error
         self.closed = True
-        try:
-            self.flush()
-            self.raise_late_error()
-        finally:
-            with nogil:
-                stop_helper(self.waiting)
+        with nogil:
+            # Although nothing may be pending, another thread may be sending it just now.
+            error = send_pending(self.waiting)
+            stop_helper(self.waiting)
+        if error:
+            raise verdicts_not_sent(error)
+        self.raise_late_error()
         return 0
 
 

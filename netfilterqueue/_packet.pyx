@@ -175,8 +175,8 @@ cdef class Packet:
         """When the kernel received it, in seconds since the epoch as time.time() counts them, with
         microseconds; 0.0 where there is no time stamp, as on OUTPUT and POSTROUTING
         (NFQA_TIMESTAMP)."""
-        # One rounding only, so that what is printed with six digits is what the kernel said.
-        return <double> (self.fields.seconds * 1000000 + self.fields.microseconds) / 1e6
+        # Python's integers, for one rounding only: with two, the last digit would be wrong at times.
+        return (<object> self.fields.seconds * 1000000 + self.fields.microseconds) / 1000000
 
     # The payload
 
@@ -215,6 +215,9 @@ cdef class Packet:
                 raise ValueError(f"a payload of {len(replacement)} bytes cannot be set: "
                                  f"it must have 1 to {MAX_PAYLOAD}; use drop() to discard a packet")
         self.replacement = replacement
+
+    def __bool__(self):
+        return True     # whatever its length: programs say `if packet` for `is not None`
 
     def __len__(self):
         if self.replacement is not None:
@@ -296,12 +299,13 @@ cdef class Packet:
 
     def set_mark(self, mark):
         """Give the packet a mark of 32 bits, for later rules to match; the verdict sets it
-        (NFQA_MARK). Raises OverflowError outside 0..4294967295 and TypeError for no integer."""
-        if not isinstance(mark, int):
+        (NFQA_MARK). Raises OverflowError outside 0..4294967295 and TypeError for no number."""
+        if isinstance(mark, (str, bytes, bytearray)) or not hasattr(type(mark), "__int__"):
             raise TypeError(f"a mark is an integer, not {type(mark).__name__}")
-        if not 0 <= mark <= 0xFFFFFFFF:
+        number = int(mark)
+        if not 0 <= number <= 0xFFFFFFFF:
             raise OverflowError(f"mark {mark} does not fit into 32 bits: use 0 to 4294967295")
-        self.new_mark = mark
+        self.new_mark = number
         self.has_new_mark = True
 
     @property
@@ -369,15 +373,15 @@ cdef int upper_protocol(const uint8_t *packet, Py_ssize_t length) noexcept nogil
     cdef Py_ssize_t offset = 40
     cdef Py_ssize_t size
     cdef int protocol
-    if length >= 20 and packet[0] >> 4 == 4:
+    if length >= 10 and packet[0] >> 4 == 4:
         return packet[9]
-    if length < 40 or packet[0] >> 4 != 6:
+    if length < 7 or packet[0] >> 4 != 6:
         return -1
     protocol = packet[6]
     # Extension headers (RFC 8200 section 4; hop by hop, routing, fragment, authentication,
     # destination, mobility, HIP, shim6) begin with the next one's number and their own length:
     # in words of 8 bytes without the first, but for two.
-    while protocol in (0, 43, 44, 51, 60, 135, 139, 140) and offset + 8 <= length:
+    while protocol in (0, 43, 44, 51, 60, 135, 139, 140) and offset + 2 <= length:
         size = 8 * (packet[offset + 1] + 1)
         if protocol == 44:
             size = 8

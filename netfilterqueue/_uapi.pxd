@@ -40,6 +40,7 @@ cdef extern from "<sys/socket.h>" nogil:
         SO_PROTOCOL
         SO_RCVBUF
         SO_RCVBUFFORCE
+        SO_RCVTIMEO
         SO_TIMESTAMP
         MSG_DONTWAIT
         MSG_NOSIGNAL
@@ -56,9 +57,27 @@ cdef extern from "<sys/socket.h>" nogil:
     int recvmmsg(int fd, mmsghdr *messages, unsigned int count, int flags, timespec *timeout)
 
 
+cdef extern from "<sys/time.h>" nogil:
+    struct timeval:
+        long tv_sec
+        long tv_usec
+
+
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events
+
+    enum:
+        POLLIN
+    int poll(pollfd *descriptors, unsigned long count, int milliseconds)
+
+
 cdef extern from "<fcntl.h>" nogil:
     enum:
         F_DUPFD_CLOEXEC
+        F_GETFL
+        O_NONBLOCK
     int fcntl(int fd, int command, ...)
 
 
