@@ -254,7 +254,7 @@ cdef class NetfilterQueue:
     # Receiving
 
     def handle(self, packet):
-        """Called with each packet where bind() was given no callback: for subclasses to override."""
+        """Called with each packet if bind() was given no callback; for subclasses to override."""
         raise NotImplementedError("override handle() in a subclass, or pass a callback to bind()")
 
     def run(self, block=True):
@@ -288,7 +288,7 @@ cdef class NetfilterQueue:
             try:
                 self.leave(outbox)
             finally:
-                if handles_signals and not self.is_closed:
+                if handles_signals:
                     self.channel.look_back(False)
 
     def run_socket(self, sock):
@@ -416,8 +416,8 @@ cdef class NetfilterQueue:
         """Give the verdict that the callback returned, if it has not given one itself."""
         cdef uint32_t verdict = answer
         if verdict == STOLEN or verdict == QUEUE:
-            raise ValueError(f"the callback returned {answer!r}: return Verdict.DROP, ACCEPT, REPEAT "
-                             "or STOP, or None to decide by the packet's methods")
+            raise ValueError(f"the callback returned {answer!r}: return Verdict.DROP, ACCEPT, "
+                             "REPEAT or STOP, or None to decide by the packet's methods")
         if not packet.is_decided():
             packet.decide(verdict)
         return 0

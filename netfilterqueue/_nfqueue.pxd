@@ -134,8 +134,8 @@ cdef inline bint decode_attribute(const nlattr *attribute, PacketFields *fields,
 
 cdef inline bint decode_packet(const nlmsghdr *message, size_t length, PacketFields *fields,
                                uint64_t *skipped) noexcept nogil:
-    """Decode a packet message of ``length`` bytes; False where it has no readable NFQA_PACKET_HDR, without which
-    nothing can be decided.
+    """Decode a packet message of ``length`` bytes; False where it has no readable NFQA_PACKET_HDR,
+    without which nothing can be decided.
 
     Attributes that are broken or unknown add to ``skipped``. Of one that is repeated the last
     counts, as everywhere in netlink. The payload comes last, so a message that did not fit into

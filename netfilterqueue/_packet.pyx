@@ -175,7 +175,7 @@ cdef class Packet:
         """When the kernel received it, in seconds since the epoch as time.time() counts them, with
         microseconds; 0.0 where there is no time stamp, as on OUTPUT and POSTROUTING
         (NFQA_TIMESTAMP)."""
-        # Python's integers, for one rounding only: with two, the last digit would be wrong at times.
+        # Python's integers, for one rounding only: with two, the last digit can be wrong.
         return (<object> self.fields.seconds * 1000000 + self.fields.microseconds) / 1000000
 
     # The payload

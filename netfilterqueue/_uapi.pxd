@@ -125,7 +125,8 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_join(pthread_t thread, void **result)
     int pthread_setname_np(pthread_t thread, const char *name)
     int pthread_sigmask(int how, const sigset_t *signals, sigset_t *before)
-    int pthread_atfork(void (*prepare)() noexcept, void (*parent)() noexcept, void (*child)() noexcept)
+    int pthread_atfork(void (*prepare)() noexcept, void (*parent)() noexcept,
+                       void (*child)() noexcept)
     int pthread_mutex_init(pthread_mutex_t *mutex, const pthread_mutexattr_t *attributes)
     int pthread_mutex_destroy(pthread_mutex_t *mutex)
     int pthread_mutex_lock(pthread_mutex_t *mutex)
