@@ -13,6 +13,7 @@ MAX_INT = 0x7FFFFFFF
 # recvmmsg(2) takes no more (UIO_MAXIOV).
 MAX_BATCH = 1024
 MAX_VERDICT_DELAY = 3600.0
+MAX_TIMEOUT = 1e9
 
 
 class Binding(NamedTuple):

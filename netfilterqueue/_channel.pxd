@@ -51,7 +51,9 @@ cdef class Slab:
     cdef unsigned int slots
     cdef int filled             # slots that hold a datagram
     cdef int messages           # in them, netlink's own (errors, acknowledgements) left out
-    cdef int users              # a reader, a batch, callbacks, memoryviews: reused only at 0
+    cdef int users              # a reader, a batch, packets, memoryviews: reused only at 0
+    cdef void **lent            # packets that borrow beyond a callback: no references
+    cdef int places             # of `lent`, taken or not
 
     cdef int lend(self, bytes source) except -1
     cdef int put(self, bytes content) except -1
@@ -74,6 +76,7 @@ cdef class Channel:
     cdef list slabs             # a small pool; those with users are passed over
     cdef list arrived           # slabs with messages that came while an answer was awaited
     cdef list refusals          # (sequence number, errno) of messages that asked for no answer
+    cdef bint nudged            # an acknowledgement that nobody awaits is in the socket
     cdef uint64_t malformed     # datagrams, or ends of them, that are no netlink messages
 
     cdef uint32_t port_id(self) except? 0
@@ -83,6 +86,7 @@ cdef class Channel:
     cdef int await_readable(self, int milliseconds) except -1
     cdef int look_back(self, bint on) except -1
     cdef int take(self, const nlmsghdr *message, size_t length) except -1
+    cdef Slab receive_until(self, double deadline)
     cdef int end_reading(self) except -1
     cdef int begin_foreign(self) except -1
     cdef int end_foreign(self) except -1
@@ -94,6 +98,7 @@ cdef class Channel:
     cdef int keep(self, Slab slab) except -1
     cdef int transmit(self, const nlmsghdr *message) except -1
     cdef int wake(self) except -1
+    cdef int nudge(self) except -1
     cdef int discard_pending(self) except -1
     cdef int discard_arrived(self) except -1
     cdef int forget_threads(self) except -1

@@ -27,6 +27,7 @@ cdef enum:
     PAGE = 4096
     CACHE_LINE = 64
     LOOK_BACK = 100000  # microseconds
+    MAX_MILLISECONDS = 0x7FFFFFFF
 
 # How often a request is sent whose answer is lost.
 cdef enum:
@@ -81,6 +82,7 @@ cdef class Slab:
     def __dealloc__(self):
         if DEBUG and self.headers is not NULL:
             alive_now.slabs -= 1
+        free(self.lent)
         free(self.memory)
         free(self.vectors)
         free(self.headers)
@@ -116,6 +118,8 @@ cdef class Slab:
         cdef size_t length
         cdef int slot
         self.messages = 0
+        if channel is not None:
+            channel.nudged = False
         for slot in range(self.filled):
             cursor = self.datagram(slot)
             while True:
@@ -236,6 +240,24 @@ cdef class Channel:
                 # ENOBUFS needs no word: what was lost shows in the kernel's counters.
                 if error != EINTR and error != ENOBUFS:
                     raise os_error(error, "cannot read from the netlink socket")
+        finally:
+            self.readers -= 1
+
+    cdef Slab receive_until(self, double deadline):
+        """receive(), but None after ``deadline``, on the clock of time.monotonic()."""
+        cdef Slab slab
+        # All the time, or a wake-up between two of the calls would not be sent.
+        self.readers += 1
+        try:
+            while True:
+                slab = self.receive(MSG_DONTWAIT)
+                if slab is not None or self.fd < 0:
+                    return slab
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    return None
+                # Rounded up, or the last wait would be followed by many that are too short.
+                self.await_readable(<int> min(remaining * 1000 + 1, MAX_MILLISECONDS))
         finally:
             self.readers -= 1
 
@@ -402,6 +424,13 @@ cdef class Channel:
         message.nlmsg_flags = NLM_F_REQUEST | NLM_F_ACK
         return self.transmit(&message)
 
+    cdef int nudge(self) except -1:
+        """Make the socket poll readable, if it has not been made so since the latest read."""
+        if not self.nudged:
+            self.nudged = True
+            self.wake()
+        return 0
+
     cdef int forget_threads(self) except -1:
         """After a fork, in the child: the other threads are the parent's."""
         self.readers = self.reading = self.waiters = 0
@@ -426,6 +455,7 @@ cdef class Channel:
     cdef int close(self) except -1:
         cdef int fd = self.fd
         self.fd = -1
+        self.slabs = []
         if fd >= 0:
             if DEBUG:
                 alive_now.descriptors -= 1

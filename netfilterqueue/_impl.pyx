@@ -1,17 +1,17 @@
 """``NetfilterQueue``: a queue bound, run and stopped."""
-from cpython.bytes cimport PyBytes_CheckExact
-from cpython.exc cimport PyErr_CheckSignals
+cimport cython
 from cpython.object cimport PyTypeObject
-from libc.errno cimport EAGAIN, ENOBUFS, ENODEV
-from libc.stdint cimport uint32_t, uint64_t
+from libc.errno cimport ENODEV
+from libc.stdint cimport uint32_t
 from posix.types cimport pid_t
 
 from netfilterqueue._channel cimport BUFFER_SIZE as COMPILED_BUFFER_SIZE
-from netfilterqueue._channel cimport UNANSWERED, Channel, Slab
+from netfilterqueue._channel cimport UNANSWERED, Channel
 from netfilterqueue._nfqueue cimport ATTRIBUTE_ROOM, REQUEST_WORDS, encode_bind, encode_unbind
-from netfilterqueue._outbox cimport Outbox, is_verdict
-from netfilterqueue._packet cimport Batch, Packet, Tally, new_batch
-from netfilterqueue._uapi cimport MSG_DONTWAIT, getpid, nlmsghdr
+from netfilterqueue._outbox cimport Outbox
+from netfilterqueue._packet cimport Packet
+from netfilterqueue._receiver cimport Limits, Receiver, limits_of, used_up
+from netfilterqueue._uapi cimport getpid, nlmsghdr
 
 import atexit
 import contextlib
@@ -21,7 +21,7 @@ import threading
 import warnings
 import weakref
 
-from netfilterqueue import constants
+from netfilterqueue import aio, constants
 from netfilterqueue._advice import bind_refused, bind_unanswered, unbind_refused
 from netfilterqueue._arguments import MAX_INT, check_bind, integer
 from netfilterqueue.constants import Verdict
@@ -37,7 +37,7 @@ cdef enum:
     LARGEST_RANGE = 65535
 
 
-cdef class NetfilterQueue:
+cdef class NetfilterQueue(Receiver):
     """A queue of packets that iptables' NFQUEUE target (or nftables' queue) hands to this program.
 
     ``bind`` to a queue number, ``run`` a callback for each packet, ``unbind``. In a subclass,
@@ -55,21 +55,11 @@ cdef class NetfilterQueue:
     COPY_PACKET = constants.COPY_PACKET
 
     cdef object __weakref__
-    cdef Channel channel        # None until it is needed: a subclass may never call __init__
     cdef bint adopted           # its socket is somebody else's, perhaps of another namespace
-    cdef bint is_closed
     cdef object transition      # RLock: bind, unbind and close, one at a time
-    cdef Outbox outbox          # of the present binding; None: not bound
     cdef int queue_num
     cdef pid_t bound_by         # a forked child must not unbind its parent's queue
     cdef object callback        # None: handle()
-    cdef Batch first            # batches with packets that wait to be delivered, a linked list
-    cdef Batch last
-    cdef int runners            # calls of run() and run_socket() under way
-    cdef bint stopping
-    cdef Tally tally
-    cdef uint64_t verdict_errors
-    cdef uint64_t request_errors
 
     def __cinit__(self, *args, **kwargs):
         # Reentrant, for signal handlers that unbind.
@@ -109,11 +99,6 @@ cdef class NetfilterQueue:
             self.channel = Channel()
         return self.channel
 
-    cdef int require_open(self) except -1:
-        if self.is_closed:
-            raise ValueError("this queue is closed: make a new NetfilterQueue")
-        return 0
-
     # Binding
 
     def bind(self, queue_num, user_callback=None, max_len=1024, mode=constants.COPY_PACKET,
@@ -122,8 +107,9 @@ cdef class NetfilterQueue:
         """Bind the queue ``queue_num`` (0 to 65535) and configure it, in one request.
 
         ``user_callback`` (or ``callback``)
-            is called with each Packet; without one, handle() must be overridden. A Verdict that it
-            returns is given to the packet, if it has none yet.
+            is called with each Packet. A Verdict that it returns is given to the packet, if it has
+            none yet. Without a callback, handle() is called where a subclass overrides it; else
+            packets are pulled, by read() or by iteration.
         ``max_len``
             Packets that may wait for a verdict; the kernel drops what comes on top
             (NFQA_CFG_QUEUE_MAXLEN).
@@ -145,8 +131,6 @@ cdef class NetfilterQueue:
         """
         binding = check_bind(queue_num, user_callback, max_len, mode, range, sock_len, callback,
                              timestamps, batch, verdict_delay)
-        if binding.callback is None and type(self).handle is NetfilterQueue.handle:
-            raise TypeError("bind() needs a callback: pass one, or override handle() in a subclass")
         with self.transition:
             if self.outbox is not None:
                 raise RuntimeError("A queue is already bound; use unbind() first")
@@ -196,7 +180,7 @@ cdef class NetfilterQueue:
         self.take_arrived()
         if self.first is not None:
             # They are no longer in the socket, and event loops watch nothing else.
-            channel.wake()
+            channel.nudge()
         return granted
 
     def unbind(self):
@@ -240,6 +224,7 @@ cdef class NetfilterQueue:
         with self.transition:
             outbox = self.outbox
             self.is_closed = True
+            self.callback = None
             try:
                 if outbox is not None and self.bound_by != getpid():
                     self.outbox = None
@@ -257,39 +242,23 @@ cdef class NetfilterQueue:
         """Called with each packet if bind() was given no callback; for subclasses to override."""
         raise NotImplementedError("override handle() in a subclass, or pass a callback to bind()")
 
-    def run(self, block=True):
-        """Call the callback for each packet: until stop() or unbind(), or, where ``block`` is
-        false, until none is pending.
+    def run(self, block=True, *, timeout=None, count=None):
+        """Call the callback for each packet: until stop() or unbind(), for ``timeout`` seconds, for
+        ``count`` packets, or, where ``block`` is false, until none is pending.
 
         Also returns when nothing is pending and somebody made the descriptor non-blocking. What
         the callback or a signal handler raises leaves run(): the packet concerned stays undecided
         and usable, the others of its read come with the next run(). Raises RuntimeError if the
-        queue is not bound, OSError if reading or sending fails.
+        queue is not bound or has no callback, OSError if reading or sending fails.
         """
-        cdef bint wait = bool(block)
-        cdef bint handles_signals = wait and threading.current_thread() is threading.main_thread()
-        cdef bint more = True
-        cdef Slab slab
-        cdef Outbox outbox = self.enter()
-        callback = self.callback if self.callback is not None else self.handle
+        cdef Limits limits = limits_of(block, timeout, count)
+        cdef Outbox outbox = self.enter(&limits)
         try:
-            if handles_signals:
-                self.channel.look_back(True)
-            while not self.deliver(outbox, callback):
-                if not (wait or more):
-                    return
-                slab = self.channel.receive(0 if wait else MSG_DONTWAIT)
-                if slab is None:
-                    return
-                # A read that did not fill its slab has emptied the socket.
-                more = slab.filled == <int> slab.slots
-                self.take(slab, outbox)
+            callback = self.require_callback()
+            while not used_up(&limits) and self.fill(outbox, &limits, None):
+                self.deliver_next(callback, &limits)
         finally:
-            try:
-                self.leave(outbox)
-            finally:
-                if handles_signals:
-                    self.channel.look_back(False)
+            self.leave(outbox, &limits)
 
     def run_socket(self, sock):
         """Like run(), but read through ``sock.recv(n)``: with a socket that gevent has patched,
@@ -298,110 +267,20 @@ cdef class NetfilterQueue:
         Returns when ``recv`` says that nothing is pending (EAGAIN); its other errors, time-outs
         among them, leave run_socket().
         """
-        cdef Slab slab = Slab(1, 0)
-        cdef Outbox outbox = self.enter()
-        cdef bytes datagram
-        callback = self.callback if self.callback is not None else self.handle
+        cdef Limits limits = limits_of(False, None, None)
+        cdef Outbox outbox = self.enter(&limits)
         try:
-            while not self.deliver(outbox, callback):
-                datagram = self.receive_from(sock)
-                if datagram is None:
-                    continue
-                if not datagram:
-                    return
-                if slab.users:
-                    slab = Slab(1, 0)
-                slab.users += 1
-                slab.lend(datagram)
-                slab.take_stock(self.channel)
-                self.take(slab, outbox)
+            callback = self.require_callback()
+            while self.fill(outbox, &limits, sock):
+                self.deliver_next(callback, &limits)
         finally:
-            self.leave(outbox)
+            self.leave(outbox, &limits)
 
-    cdef bytes receive_from(self, sock):
-        """A datagram; empty if nothing is pending, None after an overrun."""
-        # While there are packets, recv() neither waits nor looks whether a signal came.
-        PyErr_CheckSignals()
-        self.channel.begin_foreign()
-        try:
-            datagram = sock.recv(self.channel.slot_size)
-        except OSError as error:
-            if isinstance(error, BlockingIOError) or error.errno == EAGAIN:
-                return b""
-            if error.errno == ENOBUFS:
-                return None
-            raise
-        finally:
-            self.channel.end_foreign()
-        if PyBytes_CheckExact(datagram):
-            return datagram
-        return bytes(memoryview(datagram))
-
-    def stop(self):
-        """End run() and run_socket() after the packet at hand; what was read with it comes with
-        the next run(). If none is under way, the next one returns at once.
-
-        Can be called from any thread, from the callback and from signal handlers.
-        """
-        self.stopping = True
-        if self.channel is not None and self.channel.readers > 0:
-            self.channel.wake()
-
-    cdef Outbox enter(self):
-        self.require_open()
-        if self.outbox is None:
-            raise RuntimeError("no queue is bound: call bind() first")
-        self.runners += 1
-        return self.outbox
-
-    cdef int leave(self, Outbox outbox) except -1:
-        self.runners -= 1
-        if not self.runners:
-            self.stopping = False
-        elif self.stopping or outbox.closed:
-            # One message wakes one reader: pass it on to the next.
-            self.channel.wake()
-        if not outbox.closed:
-            if self.first is not None:
-                # They are no longer in the socket, and event loops watch nothing else.
-                self.channel.wake()
-            outbox.flush()
-        return 0
-
-    cdef bint deliver(self, Outbox outbox, callback) except -1:
-        """Call the callback for the packets that have been read and send what is then pending.
-        True: it is time to leave."""
-        cdef Packet packet
-        while not (self.stopping or outbox.closed):
-            packet = self.next_packet()
-            if packet is not None:
-                self.hand_over(packet, callback)
-                continue
-            outbox.raise_late_error()
-            # While it sends, another thread may call stop().
-            if not outbox.flush():
-                return False
-        return True
-
-    cdef Packet next_packet(self):
-        """The next of the packets that have been read, or None."""
-        cdef Batch batch
-        cdef Packet packet = None
-        while packet is None and self.first is not None:
-            batch = self.first
-            packet = batch.next(&self.tally)
-            if not batch.remaining and self.first is batch:
-                self.drop_first()
-        return packet
-
-    cdef int drop_first(self) except -1:
-        self.first = self.first.following
-        if self.first is None:
-            # A batch knows its queue: the queue must not keep one for ever.
-            self.last = None
-        return 0
-
-    cdef int hand_over(self, Packet packet, callback) except -1:
+    cdef int deliver_next(self, callback, Limits *limits) except -1:
+        cdef Packet packet = self.next_packet()
+        if packet is None:
+            return 0
+        limits.wanted -= 1
         try:
             answer = callback(packet)
             # Other values have no meaning: classic callbacks return what they like.
@@ -422,59 +301,83 @@ cdef class NetfilterQueue:
             packet.decide(verdict)
         return 0
 
-    cdef int take(self, Slab slab, Outbox outbox) except -1:
-        """Queue what a read has brought for delivery."""
-        if outbox.closed:
-            # A signal handler has unbound the queue, and perhaps bound it again, before the read.
-            outbox = self.outbox
-        if outbox is None:
-            slab.users -= 1
-            return 0
-        if slab.messages:
-            self.append(new_batch(slab, outbox, self))
-            if slab.messages > 1:
-                outbox.start_helper()
-        else:
-            slab.users -= 1
-        if self.channel.refusals:
-            self.note_refusals(outbox)
+    # Pulling
+
+    def read(self, count=None, timeout=None):
+        """Wait for packets and return a list of them: what one read brings, ``count`` at the most.
+
+        Their payloads stay available for as long as they live. The list is empty after ``timeout``
+        seconds (0: at once) without a packet, and after stop() or unbind(). Raises RuntimeError if
+        the queue is not bound, or was bound with a callback.
+        """
+        cdef Limits limits = limits_of(True, timeout, count)
+        cdef Outbox outbox = self.enter(&limits)
+        cdef list packets = []
+        cdef Packet packet
+        try:
+            self.require_no_callback()
+            while not packets and self.fill(outbox, &limits, None):
+                while limits.wanted and (packet := self.pull()) is not None:
+                    packets.append(packet)
+                    limits.wanted -= 1
+        finally:
+            self.leave(outbox, &limits)
+        return packets
+
+    def __iter__(self):
+        """Pull one packet after the other, until stop() or unbind(). Raises as read() does."""
+        cdef Limits limits = limits_of(True, None, None)
+        cdef Outbox outbox = self.enter(&limits)
+        cdef Packet packet
+        try:
+            self.require_no_callback()
+            while self.fill(outbox, &limits, None):
+                packet = self.pull()
+                if packet is not None:
+                    yield packet
+        finally:
+            self.leave(outbox, &limits)
+
+    def aread(self, count=None, timeout=None):
+        """read() for coroutines, on asyncio and on trio. Cancelled, it loses no packet."""
+        limits_of(True, timeout, count)
+        return aio.read(Pulling(self), count, timeout)
+
+    def __aiter__(self):
+        """Pull one packet after the other, on asyncio and on trio, until stop() or unbind()."""
+        return aio.Packets(Pulling(self))
+
+    # Stopping
+
+    def stop(self):
+        """End run() and run_socket() after the packet at hand; what was read with it comes with
+        the next run(). If none is under way, the next one returns at once.
+
+        Can be called from any thread, from the callback and from signal handlers.
+        """
+        self.stopping = True
+        if self.channel is not None and self.channel.readers > 0:
+            self.channel.wake()
+
+    # What all of these share
+
+    cdef object require_callback(self):
+        """The callback of run(), or handle() of a subclass; RuntimeError where there is neither."""
+        if self.callback is not None:
+            return self.callback
+        if not self.has_callback():
+            raise RuntimeError("the queue was bound without a callback: pass one to bind(), "
+                               "override handle(), or pull packets by read() or iteration")
+        return self.handle
+
+    cdef int require_no_callback(self) except -1:
+        if self.has_callback():
+            raise RuntimeError("the queue has a callback: use run(), or bind without a callback to "
+                               "pull packets")
         return 0
 
-    cdef int append(self, Batch batch) except -1:
-        if self.first is None:
-            self.first = batch
-        else:
-            self.last.following = batch
-        self.last = batch
-        return 0
-
-    cdef int take_arrived(self) except -1:
-        cdef list arrived = self.channel.arrived
-        self.channel.arrived = []
-        for slab in arrived:
-            self.take(slab, self.outbox)
-        return 0
-
-    cdef int note_refusals(self, Outbox outbox) except -1:
-        """Count what the kernel refused; None: the verdicts were an earlier binding's."""
-        cdef uint32_t sequence
-        cdef int error
-        cdef list refusals = self.channel.refusals
-        self.channel.refusals = []
-        for sequence, error in refusals:
-            if is_verdict(sequence):
-                self.verdict_errors += 1
-                if outbox is not None:
-                    outbox.refused(sequence, error)
-            else:
-                self.request_errors += 1
-        return 0
-
-    cdef int forget_batches(self) except -1:
-        while self.first is not None:
-            self.first.end()
-            self.drop_first()
-        return 0
+    cdef bint has_callback(self) except -1:
+        return self.callback is not None or type(self).handle is not NetfilterQueue.handle
 
     cdef int begin_in_child(self) except -1:
         # What the parent has read, the parent delivers.
@@ -483,6 +386,54 @@ cdef class NetfilterQueue:
         if self.channel is not None:
             self.channel.forget_threads()
         return 0
+
+
+@cython.final
+cdef class Pulling:
+    """Packets pulled from one binding, without waiting: what aio builds on."""
+    cdef NetfilterQueue queue
+    cdef Outbox outbox
+    cdef Limits limits
+    cdef bint closed
+
+    def __cinit__(self, NetfilterQueue queue not None):
+        self.closed = True
+        self.queue = queue
+        self.limits = limits_of(False, None, None)
+        self.outbox = queue.enter(&self.limits)
+        self.closed = False
+        # It may wait in an event loop whenever somebody calls stop().
+        queue.channel.readers += 1
+        queue.require_no_callback()
+
+    @property
+    def ended(self):
+        """No packet will come any more: stop() or unbind() was called."""
+        return self.queue.stopping or self.outbox.closed
+
+    def fileno(self):
+        return self.queue.channel.fd
+
+    def take(self):
+        """The next packet of those that have been read, or None."""
+        return None if self.ended else self.queue.pull()
+
+    def read(self):
+        """The next packet of those that have been read or can be, or None."""
+        cdef Packet packet = None
+        self.limits.emptied = False
+        while packet is None and self.queue.fill(self.outbox, &self.limits, None):
+            packet = self.queue.pull()
+        return packet
+
+    def close(self):
+        if not self.closed:
+            self.closed = True
+            self.queue.channel.readers -= 1
+            self.queue.leave(self.outbox, &self.limits)
+
+    def __del__(self):
+        self.close()
 
 
 # Queues that are open at exit send what is pending; without this, verdicts that wait for the

@@ -39,6 +39,7 @@ cdef Batch new_batch(Slab slab, Outbox outbox, object owner)
 cdef class Packet:
     cdef Batch batch            # None: made by nobody who may
     cdef Slab slab              # whose bytes fields.payload borrows; None once they may be reused
+    cdef int place              # in slab.lent, counted from 1; 0: not there
     cdef PacketFields fields
     cdef bytes retained         # payload kept by retain()
     cdef bytes replacement      # payload given by set_payload()
@@ -54,3 +55,7 @@ cdef class Packet:
     cdef bint is_decided(self) noexcept
     cdef int decide(self, uint32_t verdict) except -1
     cdef int send_decision(self, const Decision *decision) except -1
+
+
+cdef int lend(Packet packet) except -1
+cdef int settle(Slab slab) except -1

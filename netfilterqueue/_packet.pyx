@@ -4,6 +4,7 @@ from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES, PyBUF_WRITABL
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.object cimport PyTypeObject
 from libc.stdint cimport uint8_t, uint32_t
+from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from netfilterqueue._channel cimport DEBUG, Slab, alive_now
@@ -83,7 +84,10 @@ cdef class Batch:
         return 0
 
 
+# Its attributes are needed until the end (__dealloc__); cycles through packets are broken at their
+# batch.
 @cython.final
+@cython.no_gc_clear
 @cython.freelist(256)
 cdef class Packet:
     """A packet that waits in the kernel for a verdict.
@@ -112,6 +116,8 @@ cdef class Packet:
             alive_now.packets -= 1
         if self.slab is not None:
             self.slab.users -= 1
+            if self.place:
+                self.slab.lent[self.place - 1] = NULL
         if not self.decided and self.batch is not None:
             # It can never be decided: the others of its read need not wait for it.
             self.batch.undecided -= 1
@@ -278,6 +284,9 @@ cdef class Packet:
         """The bytes in the slab may be used again from now on."""
         if self.slab is not None:
             self.slab.users -= 1
+            if self.place:
+                self.slab.lent[self.place - 1] = NULL
+                self.place = 0
             self.slab = None
         return 0
 
@@ -366,6 +375,33 @@ cdef class Packet:
         if now:
             outbox.flush()
         return 0
+
+
+cdef int lend(Packet packet) except -1:
+    """Let a packet borrow its bytes beyond a callback: until settle(), or its end."""
+    cdef Slab slab = packet.slab
+    if slab.lent is NULL:
+        slab.lent = <void **> malloc(slab.messages * sizeof(void *))
+        slab.places = 0
+        if slab.lent is NULL:
+            raise MemoryError()
+    slab.lent[slab.places] = <void *> packet
+    slab.places += 1
+    packet.place = slab.places
+    return 0
+
+
+cdef int settle(Slab slab) except -1:
+    """Have the packets that borrow from a slab take copies."""
+    cdef int place
+    for place in range(slab.places):
+        # A copy can start the garbage collector, which can take packets out of the list.
+        if slab.lent[place] is not NULL:
+            (<Packet> slab.lent[place]).keep_payload()
+    free(slab.lent)
+    slab.lent = NULL
+    slab.places = 0
+    return 0
 
 
 cdef int upper_protocol(const uint8_t *packet, Py_ssize_t length) noexcept nogil:

@@ -1,0 +1,47 @@
+"""What a queue has read and not handed out yet."""
+from libc.stdint cimport uint64_t
+
+from netfilterqueue._channel cimport Channel, Slab
+from netfilterqueue._outbox cimport Outbox
+from netfilterqueue._packet cimport Batch, Packet, Tally
+
+
+cdef struct Limits:
+    double deadline             # NEVER: wait for ever; AT_ONCE: do not wait
+    Py_ssize_t wanted           # packets to hand out, at the most
+    bint emptied                # the latest read has emptied the socket, and that is enough
+    bint handles_signals        # it waits on the thread that Python's signal handlers run on
+
+cdef Limits limits_of(block, timeout, count) except *
+cdef bint used_up(const Limits *limits) except -1
+
+
+cdef class Receiver:
+    cdef Channel channel        # None until it is needed: a subclass may never call __init__
+    cdef Outbox outbox          # of the present binding; None: not bound
+    cdef Batch first            # batches with packets that wait to be handed out, a linked list
+    cdef Batch last
+    cdef list pulled            # the two latest slabs that packets were pulled from
+    cdef Slab borrowed          # of run_socket(): for bytes that another's recv() returned
+    cdef int runners            # calls that hand out packets, under way
+    cdef bint stopping
+    cdef bint is_closed
+    cdef Tally tally
+    cdef uint64_t verdict_errors
+    cdef uint64_t request_errors
+
+    cdef int require_open(self) except -1
+    cdef Outbox enter(self, Limits *limits)
+    cdef int leave(self, Outbox outbox, const Limits *limits) except -1
+    cdef bint fill(self, Outbox outbox, Limits *limits, sock) except -1
+    cdef Slab read_socket(self, double deadline)
+    cdef Slab read_through(self, sock)
+    cdef bytes receive_from(self, sock)
+    cdef Packet next_packet(self)
+    cdef int drop_first(self) except -1
+    cdef Packet pull(self)
+    cdef int take(self, Slab slab, Outbox outbox) except -1
+    cdef int append(self, Batch batch) except -1
+    cdef int take_arrived(self) except -1
+    cdef int note_refusals(self, Outbox outbox) except -1
+    cdef int forget_batches(self) except -1

@@ -1,0 +1,227 @@
+"""``Receiver``: packets read and not handed out yet, and the ends of waiting for more."""
+from cpython.bytes cimport PyBytes_CheckExact
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.pyport cimport PY_SSIZE_T_MAX
+from libc.errno cimport EAGAIN, ENOBUFS
+from libc.stdint cimport uint32_t
+
+from netfilterqueue._channel cimport Slab
+from netfilterqueue._outbox cimport Outbox, is_verdict
+from netfilterqueue._packet cimport Batch, Packet, lend, new_batch, settle
+from netfilterqueue._uapi cimport MSG_DONTWAIT
+
+import math
+import threading
+import time
+
+from netfilterqueue._arguments import MAX_TIMEOUT, integer, seconds
+
+# Deadlines, on the clock of time.monotonic().
+cdef double NEVER = math.inf
+cdef double AT_ONCE = -math.inf
+
+
+cdef Limits limits_of(block, timeout, count) except *:
+    cdef Limits limits
+    limits.wanted = PY_SSIZE_T_MAX if count is None else integer("count", count, 1, PY_SSIZE_T_MAX)
+    limits.deadline = NEVER
+    limits.emptied = limits.handles_signals = False
+    if timeout is not None:
+        timeout = seconds("timeout", timeout, MAX_TIMEOUT)
+        limits.deadline = time.monotonic() + timeout if timeout else AT_ONCE
+    if not block:
+        limits.deadline = AT_ONCE
+    return limits
+
+
+cdef bint used_up(const Limits *limits) except -1:
+    return not limits.wanted or (AT_ONCE < limits.deadline < NEVER
+                                 and time.monotonic() >= limits.deadline)
+
+
+cdef class Receiver:
+
+    def __cinit__(self):
+        self.pulled = []
+
+    cdef int require_open(self) except -1:
+        if self.is_closed:
+            raise ValueError("this queue is closed: make a new NetfilterQueue")
+        return 0
+
+    cdef Outbox enter(self, Limits *limits):
+        self.require_open()
+        if self.outbox is None:
+            raise RuntimeError("no queue is bound: call bind() first")
+        limits.handles_signals = (limits.deadline == NEVER
+                                  and threading.current_thread() is threading.main_thread())
+        if limits.handles_signals:
+            self.channel.look_back(True)
+        self.runners += 1
+        return self.outbox
+
+    cdef int leave(self, Outbox outbox, const Limits *limits) except -1:
+        self.runners -= 1
+        if limits.handles_signals:
+            self.channel.look_back(False)
+        if not self.runners:
+            self.stopping = False
+        elif self.stopping or outbox.closed:
+            # One message wakes one reader: pass it on to the next.
+            self.channel.wake()
+        if not outbox.closed:
+            if self.first is not None:
+                # They are no longer in the socket, and event loops watch nothing else.
+                self.channel.nudge()
+            outbox.flush()
+        return 0
+
+    cdef bint fill(self, Outbox outbox, Limits *limits, sock) except -1:
+        """Read, through ``sock`` if there is one, until there are packets to hand out. False: there
+        will be none, and it is time to leave."""
+        cdef Slab slab
+        while not (self.stopping or outbox.closed):
+            if self.first is not None:
+                return True
+            outbox.raise_late_error()
+            # While it sends, another thread may call stop().
+            if outbox.flush():
+                continue
+            if sock is not None:
+                slab = self.read_through(sock)
+            elif limits.emptied:
+                return False
+            else:
+                slab = self.read_socket(limits.deadline)
+            if slab is None:
+                return False
+            # Without waiting, a read that does not fill its slab is the last.
+            limits.emptied = limits.deadline == AT_ONCE and slab.filled < <int> slab.slots
+            self.take(slab, outbox)
+        return False
+
+    cdef Slab read_socket(self, double deadline):
+        if deadline == NEVER:
+            return self.channel.receive(0)
+        if deadline == AT_ONCE:
+            return self.channel.receive(MSG_DONTWAIT)
+        return self.channel.receive_until(deadline)
+
+    cdef Slab read_through(self, sock):
+        """A datagram from a socket object; None if nothing is pending there."""
+        cdef bytes datagram = None
+        while datagram is None:
+            datagram = self.receive_from(sock)
+        if not datagram:
+            return None
+        if self.borrowed is None or self.borrowed.users:
+            self.borrowed = Slab(1, 0)
+        self.borrowed.users += 1
+        self.borrowed.lend(datagram)
+        self.borrowed.take_stock(self.channel)
+        return self.borrowed
+
+    cdef bytes receive_from(self, sock):
+        """A datagram; empty if nothing is pending, None after an overrun."""
+        # While there are packets, recv() neither waits nor looks whether a signal came.
+        PyErr_CheckSignals()
+        self.channel.begin_foreign()
+        try:
+            datagram = sock.recv(self.channel.slot_size)
+        except OSError as error:
+            if isinstance(error, BlockingIOError) or error.errno == EAGAIN:
+                return b""
+            if error.errno == ENOBUFS:
+                return None
+            raise
+        finally:
+            self.channel.end_foreign()
+        if PyBytes_CheckExact(datagram):
+            return datagram
+        return bytes(memoryview(datagram))
+
+    cdef Packet next_packet(self):
+        """The next of the packets that have been read, or None."""
+        cdef Batch batch
+        cdef Packet packet = None
+        while packet is None and self.first is not None:
+            batch = self.first
+            packet = batch.next(&self.tally)
+            if not batch.remaining and self.first is batch:
+                self.drop_first()
+        return packet
+
+    cdef int drop_first(self) except -1:
+        self.first = self.first.following
+        if self.first is None:
+            # A batch knows its queue: the queue must not keep one for ever.
+            self.last = None
+        return 0
+
+    cdef int take(self, Slab slab, Outbox outbox) except -1:
+        """Queue what a read has brought for delivery."""
+        if outbox.closed:
+            # A signal handler has unbound the queue, and perhaps bound it again, before the read.
+            outbox = self.outbox
+        if outbox is None:
+            slab.users -= 1
+            return 0
+        if slab.messages:
+            self.append(new_batch(slab, outbox, self))
+            if slab.messages > 1:
+                outbox.start_helper()
+        else:
+            slab.users -= 1
+        if self.channel.refusals:
+            self.note_refusals(outbox)
+        return 0
+
+    cdef int append(self, Batch batch) except -1:
+        if self.first is None:
+            self.first = batch
+        else:
+            self.last.following = batch
+        self.last = batch
+        return 0
+
+    cdef int take_arrived(self) except -1:
+        cdef list arrived = self.channel.arrived
+        self.channel.arrived = []
+        for slab in arrived:
+            self.take(slab, self.outbox)
+        return 0
+
+    cdef int note_refusals(self, Outbox outbox) except -1:
+        """Count what the kernel refused; None: the verdicts were an earlier binding's."""
+        cdef uint32_t sequence
+        cdef int error
+        cdef list refusals = self.channel.refusals
+        self.channel.refusals = []
+        for sequence, error in refusals:
+            if is_verdict(sequence):
+                self.verdict_errors += 1
+                if outbox is not None:
+                    outbox.refused(sequence, error)
+            else:
+                self.request_errors += 1
+        return 0
+
+    cdef int forget_batches(self) except -1:
+        while self.first is not None:
+            self.first.end()
+            self.drop_first()
+        return 0
+
+    cdef Packet pull(self):
+        """The next of the packets that have been read, or None; its bytes are lent to it."""
+        cdef Packet packet = self.next_packet()
+        if packet is None:
+            return None
+        if not self.pulled or self.pulled[-1] is not packet.slab:
+            # Programs still name the packets of one read while they wait for the next: only those
+            # that outlive that one too take copies.
+            while len(self.pulled) > 1:
+                settle(self.pulled.pop(0))
+            self.pulled.append(packet.slab)
+        lend(packet)
+        return packet
