@@ -81,19 +81,21 @@ class Runner(Protocol):
 
 
 class SocketReader:
-    """Runs a queue through a socket of its own, for `run_until`. `received`: all datagrams."""
+    """Runs a queue through a socket of its own, for `run_until`. `last`: the datagram at hand."""
 
     def __init__(self, queue: NetfilterQueue) -> None:
         self.queue = queue
-        self.received: list[bytes] = []
+        self.last = b""
         self.socket = socket.fromfd(queue.fileno(), socket.AF_NETLINK, socket.SOCK_RAW)
 
     def fileno(self) -> int:
         return self.socket.fileno()
 
     def recv(self, size: int) -> bytes:
-        self.received.append(self.socket.recv(size))
-        return self.received[-1]
+        # No longer kept than by a usual socket.
+        self.last = b""
+        self.last = self.socket.recv(size)
+        return self.last
 
     def run(self, block: bool = True) -> None:
         # The queue's own descriptor shares this.

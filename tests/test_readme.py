@@ -146,6 +146,8 @@ def files_of_contributing() -> list[list[str]]:
 
 def modules_imported_by(path: Path) -> set[str]:
     text = path.read_text(encoding="utf-8")
+    # What only type checkers import is no dependency.
+    text = re.sub(r"^if TYPE_CHECKING:\n(?:(?: +.*)?\n)+", "", text, flags=re.MULTILINE)
     names = re.findall(r"^\s*from (?:netfilterqueue)?\.(\w+) c?import", text, re.MULTILINE)
     # `from . import name` is about a module or about what __init__.py has under that name.
     for name in re.findall(r"^\s*from (?:netfilterqueue|\.) c?import (\w+)", text, re.MULTILINE):
