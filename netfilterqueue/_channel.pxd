@@ -37,6 +37,7 @@ cdef enum:
 
 cdef int check(int result, str call) except -1
 cdef object os_error(int error, str what)
+cdef int duplicate(int sockfd) except -1
 
 
 cdef class Channel
@@ -76,6 +77,7 @@ cdef class Channel:
     cdef list slabs             # a small pool; those with users are passed over
     cdef list arrived           # slabs with messages that came while an answer was awaited
     cdef list refusals          # (sequence number, errno) of messages that asked for no answer
+    cdef bint looks_back        # see look_back()
     cdef bint nudged            # an acknowledgement that nobody awaits is in the socket
     cdef uint64_t malformed     # datagrams, or ends of them, that are no netlink messages
 

@@ -280,10 +280,14 @@ cdef class Channel:
         """Have a reader that waits look for signals once more, LOOK_BACK after it began to wait.
 
         A signal that comes after the look at it and before the wait would not be handled until the
-        next packet came; and programs get signals when they have just shown something, which is
-        when a packet was handled. Later, nothing makes the two meet.
+        next packet came. Where other threads wait for the GIL, giving it up takes long, and makes
+        that likely: programs get signals when they have just shown something, which is when a
+        packet was handled. LOOK_BACK later, nothing makes the two meet.
         """
         cdef timeval after
+        if on == self.looks_back:
+            return 0
+        self.looks_back = on
         after.tv_sec = 0
         after.tv_usec = LOOK_BACK if on else 0
         # This fails on a descriptor that somebody has closed, and then so does the read.
@@ -357,13 +361,13 @@ cdef class Channel:
         """Send a message that asks for an acknowledgement and return the kernel's errno, 0 for
         success, or UNANSWERED. Other messages that come meanwhile are kept in ``arrived``."""
         cdef uint32_t sequence
-        cdef int attempt
+        cdef int _attempt
         self.sequence = (self.sequence + 1) & 0x7FFFFFFF or 1
         sequence = self.sequence
         message.nlmsg_seq = sequence
         self.answers[sequence] = None
         try:
-            for attempt in range(TRIES):
+            for _attempt in range(TRIES):
                 self.transmit(message)
                 self.await_answer(sequence)
                 if self.answers[sequence] is not None:

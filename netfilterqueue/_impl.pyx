@@ -6,12 +6,12 @@ from libc.stdint cimport uint32_t
 from posix.types cimport pid_t
 
 from netfilterqueue._channel cimport BUFFER_SIZE as COMPILED_BUFFER_SIZE
-from netfilterqueue._channel cimport UNANSWERED, Channel
+from netfilterqueue._channel cimport UNANSWERED, Channel, duplicate
 from netfilterqueue._nfqueue cimport ATTRIBUTE_ROOM, REQUEST_WORDS, encode_bind, encode_unbind
 from netfilterqueue._outbox cimport Outbox
 from netfilterqueue._packet cimport Packet
 from netfilterqueue._receiver cimport Limits, Receiver, limits_of, used_up
-from netfilterqueue._uapi cimport getpid, nlmsghdr
+from netfilterqueue._uapi cimport close, getpid, nlmsghdr
 
 import atexit
 import contextlib
@@ -178,8 +178,9 @@ cdef class NetfilterQueue(Receiver):
         self.stopping = False
         self.outbox = Outbox(channel.fd, binding.verdict_delay, channel)
         self.take_arrived()
-        if self.first is not None:
-            # They are no longer in the socket, and event loops watch nothing else.
+        if self.first is not None or self.awaiting:
+            # Packets are no longer in the socket, and event loops watch nothing else; nor is the
+            # word that an earlier binding has ended.
             channel.nudge()
         return granted
 
@@ -206,7 +207,7 @@ cdef class NetfilterQueue(Receiver):
         cdef uint32_t request[REQUEST_WORDS]
         cdef nlmsghdr *message = encode_unbind(request, self.queue_num)
         cdef int error
-        if self.channel.readers > 0:
+        if self.channel.readers > 0 or self.awaiting:
             # The answer wakes the reader: waiting for it here would be waiting for the other.
             self.channel.transmit(message)
             return 0
@@ -356,7 +357,7 @@ cdef class NetfilterQueue(Receiver):
         Can be called from any thread, from the callback and from signal handlers.
         """
         self.stopping = True
-        if self.channel is not None and self.channel.readers > 0:
+        if self.channel is not None and (self.channel.readers > 0 or self.awaiting):
             self.channel.wake()
 
     # What all of these share
@@ -382,6 +383,7 @@ cdef class NetfilterQueue(Receiver):
     cdef int begin_in_child(self) except -1:
         # What the parent has read, the parent delivers.
         self.forget_batches()
+        self.awaiting.clear()
         self.transition = threading.RLock()
         if self.channel is not None:
             self.channel.forget_threads()
@@ -402,17 +404,31 @@ cdef class Pulling:
         self.limits = limits_of(False, None, None)
         self.outbox = queue.enter(&self.limits)
         self.closed = False
-        # It may wait in an event loop whenever somebody calls stop().
-        queue.channel.readers += 1
         queue.require_no_callback()
 
     @property
     def ended(self):
         """No packet will come any more: stop() or unbind() was called."""
-        return self.queue.stopping or self.outbox.closed
+        return self.closed or self.queue.stopping or self.outbox.closed
 
-    def fileno(self):
-        return self.queue.channel.fd
+    def begin_waiting(self):
+        """A descriptor to wait for, to be given to end_waiting(); -1 if no packet will come.
+
+        One for each who waits, as event loops ask for; and it hears of the end although the queue
+        has closed its own.
+        """
+        cdef int descriptor
+        if self.ended:
+            return -1
+        descriptor = duplicate(self.queue.channel.fd)
+        self.queue.awaiting.append(descriptor)
+        return descriptor
+
+    def end_waiting(self, int descriptor):
+        # In a forked child it is not there.
+        if descriptor in self.queue.awaiting:
+            self.queue.awaiting.remove(descriptor)
+        close(descriptor)
 
     def take(self):
         """The next packet of those that have been read, or None."""
@@ -429,7 +445,6 @@ cdef class Pulling:
     def close(self):
         if not self.closed:
             self.closed = True
-            self.queue.channel.readers -= 1
             self.queue.leave(self.outbox, &self.limits)
 
     def __del__(self):

@@ -7,7 +7,7 @@ the cursor, so that the caller can tell a clean end (nothing left) from a broken
 Framing is specified in RFC 3549 section 2.3 and in <linux/netlink.h>.
 """
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from netfilterqueue._uapi cimport nlattr, nlmsghdr, NLA_TYPE_MASK, be64toh, ntohl, ntohs
 
@@ -73,6 +73,21 @@ cdef inline size_t length_of(const nlattr *attribute) noexcept nogil:
 
 cdef inline const char *value_of(const nlattr *attribute) noexcept nogil:
     return <const char *> attribute + sizeof(nlattr)
+
+
+# Building messages. The caller has made sure that there is room.
+
+cdef inline void put_attribute(nlmsghdr *message, uint16_t kind, const void *value,
+                               size_t length) noexcept nogil:
+    """Append an attribute, and zeros up to a multiple of 4 bytes."""
+    cdef char *at = <char *> message + message.nlmsg_len
+    cdef nlattr *attribute = <nlattr *> at
+    cdef size_t padding = -length & 3
+    attribute.nla_type = kind
+    attribute.nla_len = <uint16_t> (sizeof(nlattr) + length)
+    memcpy(at + sizeof(nlattr), value, length)
+    memset(at + sizeof(nlattr) + length, 0, padding)
+    message.nlmsg_len += <uint32_t> (sizeof(nlattr) + length + padding)
 
 
 # Attribute values are aligned to 4 bytes only: memcpy is how C reads them at any alignment.

@@ -1,6 +1,6 @@
 """Verdicts that wait to be sent, and the helper thread that bounds how long they wait."""
 from libc.errno cimport EINTR, EPERM, errno
-from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint16_t, uint32_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 
 from netfilterqueue._channel cimport DEBUG, alive_now

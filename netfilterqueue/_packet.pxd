@@ -21,23 +21,24 @@ cdef class Batch:
     """The packets of one read, handed out one by one."""
     cdef Slab slab              # None once all packets are handed out
     cdef Outbox outbox          # of the binding that they came for
-    cdef object owner           # the queue: it must live while a packet of its does
     cdef int undecided          # packets without a verdict, those not handed out included
     cdef int remaining          # messages not looked at
+    cdef int packets            # of it, alive
     cdef int slot               # next datagram
     cdef Cursor rest            # of the datagram at hand
     cdef Batch following        # the next one of the same queue
 
-    cdef Packet next(self, Tally *tally)
-    cdef Packet unwrap(self, const nlmsghdr *message, size_t length, Tally *tally)
+    cdef Packet next(self, object owner, Tally *tally)
+    cdef bint unwrap(self, Packet packet, const nlmsghdr *message, size_t length, Tally *tally)
     cdef int end(self) except -1
 
 
-cdef Batch new_batch(Slab slab, Outbox outbox, object owner)
+cdef Batch new_batch(Slab slab, Outbox outbox, Batch used)
 
 
 cdef class Packet:
     cdef Batch batch            # None: made by nobody who may
+    cdef object owner           # the queue: it must live while a packet of its does
     cdef Slab slab              # whose bytes fields.payload borrows; None once they may be reused
     cdef int place              # in slab.lent, counted from 1; 0: not there
     cdef PacketFields fields

@@ -8,7 +8,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from netfilterqueue._channel cimport DEBUG, Slab, alive_now
-from netfilterqueue._netlink cimport Cursor, next_message
+from netfilterqueue._netlink cimport next_message
 from netfilterqueue._nfqueue cimport Decision, MAX_PAYLOAD, decode_packet, is_packet
 from netfilterqueue._outbox cimport Outbox
 from netfilterqueue._uapi cimport NLMSG_MIN_TYPE, nlmsghdr
@@ -24,56 +24,62 @@ cdef uint32_t REPEAT = Verdict.REPEAT
 cdef char *UNSIGNED_BYTES = "B"
 
 
-cdef Batch new_batch(Slab slab, Outbox outbox, object owner):
-    cdef Batch batch = Batch.__new__(Batch)
+cdef Batch new_batch(Slab slab, Outbox outbox, Batch used):
+    """The packets of a read; ``used``, an earlier one or None, serves again if nobody needs it."""
+    cdef Batch batch = used
+    if used is None or used.packets:
+        batch = Batch.__new__(Batch)
     batch.slab = slab
     batch.outbox = outbox
-    batch.owner = owner
     batch.undecided = batch.remaining = slab.messages
+    batch.slot = 0
     batch.rest = slab.datagram(0)
     return batch
 
 
+# No part of a reference cycle: it knows neither the queue nor its packets.
 @cython.final
+@cython.no_gc
 @cython.freelist(8)
 cdef class Batch:
 
-    cdef Packet next(self, Tally *tally):
+    cdef Packet next(self, object owner, Tally *tally):
         """The next packet, or None when all have been handed out."""
         cdef const nlmsghdr *message
         cdef size_t length
         cdef Packet packet
+        if not self.remaining:
+            return None
+        # First of all: this can start the garbage collector, and so any code, on any thread.
+        packet = Packet.__new__(Packet)
         while self.remaining:
             message = next_message(&self.rest, &length)
             if message is NULL:
                 self.slot += 1
                 self.rest = self.slab.datagram(self.slot)
-                continue
-            if message.nlmsg_type < NLMSG_MIN_TYPE:
-                continue
-            packet = self.unwrap(message, length, tally)
-            self.remaining -= 1
-            if not self.remaining:
-                self.end()
-            if packet is not None:
-                return packet
-            self.undecided -= 1
-        return None
+            elif message.nlmsg_type >= NLMSG_MIN_TYPE:
+                self.remaining -= 1
+                if self.unwrap(packet, message, length, tally):
+                    packet.owner = owner
+                    break
+                self.undecided -= 1
+        if not self.remaining:
+            self.end()
+        return packet if packet.batch is not None else None
 
-    cdef Packet unwrap(self, const nlmsghdr *message, size_t length, Tally *tally):
-        """The packet in a message; None, and one more in the tally, where there is none."""
-        cdef Packet packet
+    cdef bint unwrap(self, Packet packet, const nlmsghdr *message, size_t length, Tally *tally):
+        """Make it the packet of a message; False, and one more in the tally, where that has none."""
         if not is_packet(message):
             tally.foreign += 1
-            return None
-        packet = Packet.__new__(Packet)
+            return False
         if not decode_packet(message, length, &packet.fields, &tally.skipped):
             tally.malformed += 1
-            return None
+            return False
         packet.batch = self
+        self.packets += 1
         packet.slab = self.slab
         self.slab.users += 1
-        return packet
+        return True
 
     cdef int end(self) except -1:
         """Give the slab back; packets not handed out are forgotten."""
@@ -85,7 +91,7 @@ cdef class Batch:
 
 
 # Its attributes are needed until the end (__dealloc__); cycles through packets are broken at their
-# batch.
+# queue.
 @cython.final
 @cython.no_gc_clear
 @cython.freelist(256)
@@ -118,9 +124,11 @@ cdef class Packet:
             self.slab.users -= 1
             if self.place:
                 self.slab.lent[self.place - 1] = NULL
-        if not self.decided and self.batch is not None:
-            # It can never be decided: the others of its read need not wait for it.
-            self.batch.undecided -= 1
+        if self.batch is not None:
+            self.batch.packets -= 1
+            if not self.decided:
+                # It can never be decided: the others of its read need not wait for it.
+                self.batch.undecided -= 1
 
     # What the kernel said
 
@@ -452,7 +460,7 @@ def packets_from(datagrams, *, int fd=-1, double verdict_delay=0.001):
     if batch.undecided > 1:
         outbox.start_helper()
     while True:
-        packet = batch.next(&tally)
+        packet = batch.next(None, &tally)
         if packet is None:
             return packets, dict(tally)
         packet.keep_payload()

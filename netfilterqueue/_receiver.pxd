@@ -20,10 +20,11 @@ cdef class Receiver:
     cdef Channel channel        # None until it is needed: a subclass may never call __init__
     cdef Outbox outbox          # of the present binding; None: not bound
     cdef Batch first            # batches with packets that wait to be handed out, a linked list
-    cdef Batch last
-    cdef list pulled            # the two latest slabs that packets were pulled from
+    cdef Batch last             # the end of that list, or the last one that was
+    cdef list pulled            # the two latest slabs that packets were pulled from: its users too
     cdef Slab borrowed          # of run_socket(): for bytes that another's recv() returned
     cdef int runners            # calls that hand out packets, under way
+    cdef list awaiting          # descriptors that coroutines wait for, duplicates of the channel's
     cdef bint stopping
     cdef bint is_closed
     cdef Tally tally
@@ -34,7 +35,7 @@ cdef class Receiver:
     cdef Outbox enter(self, Limits *limits)
     cdef int leave(self, Outbox outbox, const Limits *limits) except -1
     cdef bint fill(self, Outbox outbox, Limits *limits, sock) except -1
-    cdef Slab read_socket(self, double deadline)
+    cdef Slab read_socket(self, const Limits *limits)
     cdef Slab read_through(self, sock)
     cdef bytes receive_from(self, sock)
     cdef Packet next_packet(self)

@@ -2,6 +2,9 @@
 from cpython.bytes cimport PyBytes_CheckExact
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.pyport cimport PY_SSIZE_T_MAX
+from cpython.pystate cimport (
+    PyInterpreterState, PyInterpreterState_ThreadHead, PyThreadState_Next,
+)
 from libc.errno cimport EAGAIN, ENOBUFS
 from libc.stdint cimport uint32_t
 
@@ -9,6 +12,9 @@ from netfilterqueue._channel cimport Slab
 from netfilterqueue._outbox cimport Outbox, is_verdict
 from netfilterqueue._packet cimport Batch, Packet, lend, new_batch, settle
 from netfilterqueue._uapi cimport MSG_DONTWAIT
+
+cdef extern from "Python.h":
+    PyInterpreterState *PyInterpreterState_Get() noexcept
 
 import math
 import threading
@@ -39,10 +45,15 @@ cdef bint used_up(const Limits *limits) except -1:
                                  and time.monotonic() >= limits.deadline)
 
 
+cdef bint has_other_threads() noexcept:
+    return PyThreadState_Next(PyInterpreterState_ThreadHead(PyInterpreterState_Get())) is not NULL
+
+
 cdef class Receiver:
 
     def __cinit__(self):
         self.pulled = []
+        self.awaiting = []
 
     cdef int require_open(self) except -1:
         if self.is_closed:
@@ -55,8 +66,6 @@ cdef class Receiver:
             raise RuntimeError("no queue is bound: call bind() first")
         limits.handles_signals = (limits.deadline == NEVER
                                   and threading.current_thread() is threading.main_thread())
-        if limits.handles_signals:
-            self.channel.look_back(True)
         self.runners += 1
         return self.outbox
 
@@ -92,7 +101,7 @@ cdef class Receiver:
             elif limits.emptied:
                 return False
             else:
-                slab = self.read_socket(limits.deadline)
+                slab = self.read_socket(limits)
             if slab is None:
                 return False
             # Without waiting, a read that does not fill its slab is the last.
@@ -100,12 +109,14 @@ cdef class Receiver:
             self.take(slab, outbox)
         return False
 
-    cdef Slab read_socket(self, double deadline):
-        if deadline == NEVER:
-            return self.channel.receive(0)
-        if deadline == AT_ONCE:
+    cdef Slab read_socket(self, const Limits *limits):
+        if limits.deadline == AT_ONCE:
             return self.channel.receive(MSG_DONTWAIT)
-        return self.channel.receive_until(deadline)
+        if limits.deadline < NEVER:
+            return self.channel.receive_until(limits.deadline)
+        if limits.handles_signals:
+            self.channel.look_back(has_other_threads())
+        return self.channel.receive(0)
 
     cdef Slab read_through(self, sock):
         """A datagram from a socket object; None if nothing is pending there."""
@@ -146,16 +157,13 @@ cdef class Receiver:
         cdef Packet packet = None
         while packet is None and self.first is not None:
             batch = self.first
-            packet = batch.next(&self.tally)
+            packet = batch.next(self, &self.tally)
             if not batch.remaining and self.first is batch:
                 self.drop_first()
         return packet
 
     cdef int drop_first(self) except -1:
         self.first = self.first.following
-        if self.first is None:
-            # A batch knows its queue: the queue must not keep one for ever.
-            self.last = None
         return 0
 
     cdef int take(self, Slab slab, Outbox outbox) except -1:
@@ -167,7 +175,7 @@ cdef class Receiver:
             slab.users -= 1
             return 0
         if slab.messages:
-            self.append(new_batch(slab, outbox, self))
+            self.append(new_batch(slab, outbox, self.last if self.first is None else None))
             if slab.messages > 1:
                 outbox.start_helper()
         else:
@@ -215,13 +223,20 @@ cdef class Receiver:
     cdef Packet pull(self):
         """The next of the packets that have been read, or None; its bytes are lent to it."""
         cdef Packet packet = self.next_packet()
+        cdef Slab slab
         if packet is None:
             return None
         if not self.pulled or self.pulled[-1] is not packet.slab:
             # Programs still name the packets of one read while they wait for the next: only those
             # that outlive that one too take copies.
             while len(self.pulled) > 1:
-                settle(self.pulled.pop(0))
+                slab = self.pulled.pop(0)
+                settle(slab)
+                slab.users -= 1
             self.pulled.append(packet.slab)
+            packet.slab.users += 1
         lend(packet)
+        if self.first is not None and (self.awaiting or self.channel.reading > 0):
+            # Whoever waits for the socket takes the others while this one is being looked at.
+            self.channel.nudge()
         return packet

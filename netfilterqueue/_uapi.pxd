@@ -33,6 +33,7 @@ cdef extern from "<sys/socket.h>" nogil:
 
     enum:
         AF_NETLINK
+        AF_UNSPEC
         SOCK_RAW
         SOCK_CLOEXEC
         SOL_SOCKET
@@ -184,6 +185,7 @@ cdef extern from "<linux/netfilter/nfnetlink.h>" nogil:
         uint16_t res_id
 
     enum:
+        NFNETLINK_V0
         NFNL_SUBSYS_QUEUE
 
 
@@ -201,6 +203,10 @@ cdef extern from "<linux/netfilter/nfnetlink_queue.h>" nogil:
         uint64_t sec
         uint64_t usec
 
+    struct nfqnl_msg_verdict_hdr:
+        uint32_t verdict
+        uint32_t id
+
     enum:
         NFQNL_MSG_PACKET
         NFQNL_MSG_VERDICT
@@ -208,6 +214,7 @@ cdef extern from "<linux/netfilter/nfnetlink_queue.h>" nogil:
         NFQNL_CFG_CMD_BIND
         NFQNL_CFG_CMD_UNBIND
         NFQA_PACKET_HDR
+        NFQA_VERDICT_HDR
         NFQA_MARK
         NFQA_TIMESTAMP
         NFQA_IFINDEX_INDEV
@@ -219,6 +226,8 @@ cdef extern from "<linux/netfilter/nfnetlink_queue.h>" nogil:
 
 
 cdef extern from "<arpa/inet.h>" nogil:
+    uint16_t htons(uint16_t value)
+    uint32_t htonl(uint32_t value)
     uint16_t ntohs(uint16_t value)
     uint32_t ntohl(uint32_t value)
 
@@ -236,6 +245,3 @@ cdef extern from "<libnetfilter_queue/libnetfilter_queue.h>" nogil:
     void nfq_nlmsg_cfg_put_cmd(nlmsghdr *message, uint16_t family, uint8_t command)
     void nfq_nlmsg_cfg_put_params(nlmsghdr *message, uint8_t mode, int range)
     void nfq_nlmsg_cfg_put_qmaxlen(nlmsghdr *message, uint32_t max_len)
-    void nfq_nlmsg_verdict_put(nlmsghdr *message, int id, int verdict)
-    void nfq_nlmsg_verdict_put_mark(nlmsghdr *message, uint32_t mark)
-    void nfq_nlmsg_verdict_put_pkt(nlmsghdr *message, const void *payload, uint32_t length)

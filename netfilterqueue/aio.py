@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -26,7 +25,8 @@ class Pulling(Protocol):
 
     @property
     def ended(self) -> bool: ...
-    def fileno(self) -> int: ...
+    def begin_waiting(self) -> int: ...
+    def end_waiting(self, descriptor: int, /) -> None: ...
     def take(self) -> Packet | None: ...
     def read(self) -> Packet | None: ...
     def close(self) -> None: ...
@@ -56,8 +56,12 @@ async def wait_readable(descriptor: int, seconds: float) -> None:
     """Wait until the descriptor is readable, or for so many seconds."""
     trio = running_trio()
     if trio is not None:
-        with trio.move_on_after(seconds):
-            await trio.lowlevel.wait_readable(descriptor)
+        try:
+            with trio.move_on_after(seconds):
+                await trio.lowlevel.wait_readable(descriptor)
+        finally:
+            # To close it would not be enough, as it has duplicates.
+            trio.lowlevel.notify_closing(descriptor)
         return
     loop = asyncio.get_running_loop()
     readable = loop.create_future()
@@ -76,14 +80,30 @@ async def wait_readable(descriptor: int, seconds: float) -> None:
             timer.cancel()
 
 
+async def wait_for_one(pulling: Pulling, timeout: float) -> Packet | None:
+    """The next packet; None at the end, or after so many seconds."""
+    deadline = time.monotonic() + timeout
+    while not pulling.ended:
+        packet = pulling.read()
+        if packet is not None:
+            return packet
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            return None
+        descriptor = pulling.begin_waiting()
+        if descriptor >= 0:
+            try:
+                await wait_readable(descriptor, remaining)
+            finally:
+                pulling.end_waiting(descriptor)
+    return None
+
+
 class Packets:
-    """``async for`` over a queue, and the waiting part of ``aread()``."""
+    """``async for`` over a queue."""
 
     def __init__(self, pulling: Pulling) -> None:
         self._pulling = pulling
-        # A descriptor of its own can wait in an event loop whatever else waits for the queue there,
-        # and hears of the end although the queue has closed its own.
-        self._descriptor = -1
 
     def __aiter__(self) -> Self:
         return self
@@ -93,47 +113,22 @@ class Packets:
         if packet is None:
             # Between two reads, so that a flood of packets does not shut other tasks out.
             await checkpoint()
-            packet = await self.wait_for_one(math.inf)
+            packet = await wait_for_one(self._pulling, math.inf)
         if packet is None:
-            self.close()
+            self._pulling.close()
             raise StopAsyncIteration
         return packet
-
-    async def wait_for_one(self, timeout: float) -> Packet | None:
-        """The next packet; None at the end, or after so many seconds."""
-        deadline = time.monotonic() + timeout
-        while not self._pulling.ended:
-            packet = self._pulling.read()
-            if packet is not None:
-                return packet
-            remaining = deadline - time.monotonic()
-            if remaining <= 0 or self._pulling.ended:
-                return None
-            if self._descriptor < 0:
-                self._descriptor = os.dup(self._pulling.fileno())
-            await wait_readable(self._descriptor, remaining)
-        return None
-
-    def close(self) -> None:
-        self._pulling.close()
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def __del__(self) -> None:
-        self.close()
 
 
 async def read(pulling: Pulling, count: int | None, timeout: float | None) -> list[Packet]:
     """Wait for packets; what one read brings, ``count`` at the most."""
-    waiting = Packets(pulling)
-    packets: list[Any] = []
+    packets: list[Packet] = []
     try:
         await checkpoint()
-        packet = await waiting.wait_for_one(math.inf if timeout is None else timeout)
+        packet = await wait_for_one(pulling, math.inf if timeout is None else timeout)
         while packet is not None:
             packets.append(packet)
             packet = pulling.take() if len(packets) != count else None
     finally:
-        waiting.close()
+        pulling.close()
     return packets
