@@ -1,0 +1,391 @@
+"""Signals: handled promptly wherever the loop is, by Python's threads only."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from netfilterqueue import NetfilterQueue, Packet
+from support import (
+    RECEIVE_BUFFER,
+    TIMEOUT,
+    alarm,
+    bound_queues,
+    in_thread,
+    wait_until,
+    wait_until_blocked,
+    wait_until_queued,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from support import Program, QueuedUdp, UdpFlow
+
+HELPER = "nfqueue-verdict"
+SOON = 0.05  # seconds
+PROMPTLY = 1.0  # seconds; a signal that waits for the next packet waits for ever
+
+PROGRAM = """
+import sys, time
+from netfilterqueue import NetfilterQueue
+{preparation}
+queue = NetfilterQueue()
+queue.bind(int(sys.argv[1]), {callback}, sock_len=65536)
+try:
+    print("fd", queue.fileno(), "bound", flush=True)
+    {run}
+except KeyboardInterrupt:
+    print("interrupted")
+queue.unbind()
+"""
+
+# How the loop is run, and a callback in Python; the other is in C and never looks at signals.
+LOOPS = {
+    "run": "queue.run()",
+    "run_socket": "queue.run_socket(socket.socket(fileno=os.dup(queue.fileno())))",
+}
+CALLBACKS = {
+    "python": ("", "lambda packet: packet.accept()"),
+    "c": ("import netfilterqueue", "netfilterqueue.Packet.accept"),
+    "c, nothing decided": ("import collections", "collections.deque(maxlen=100).append"),
+}
+
+
+def helper_task() -> Path | None:
+    """The directory in /proc of this process's helper thread."""
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # the thread has ended
+            if (task / "comm").read_text(encoding="ascii").strip() == HELPER:
+                return task
+    return None
+
+
+class Flood:
+    """Traffic without end, from another thread of the tests' process."""
+
+    def __init__(self, flow: UdpFlow) -> None:
+        self.ended = threading.Event()
+        self.sending = in_thread(self.send, flow)
+
+    def send(self, flow: UdpFlow) -> None:
+        while not self.ended.is_set():
+            with contextlib.suppress(OSError):  # the queue is full, or not bound any more
+                flow.send(*[b"flood"] * 50)
+
+    def end(self) -> None:
+        self.ended.set()
+        self.sending.result(TIMEOUT)
+
+
+@pytest.fixture
+def flood() -> Iterator[Callable[[UdpFlow], Flood]]:
+    with contextlib.ExitStack() as stack:
+
+        def start(flow: UdpFlow) -> Flood:
+            flood = Flood(flow)
+            stack.callback(flood.end)
+            return flood
+
+        yield start
+
+
+class TestCtrlC:
+    @pytest.fixture
+    def program(
+        self, run_program: Callable[..., Program], queue_num: int
+    ) -> Callable[[str, str], Program]:
+        def start(loop: str, callback: str) -> Program:
+            preparation, callback_text = CALLBACKS[callback]
+            source = PROGRAM.format(
+                preparation=f"import os, socket\n{preparation}",
+                callback=callback_text,
+                run=LOOPS[loop],
+            )
+            program = run_program(source, str(queue_num))
+            program.wait_for("bound\n")
+            return program
+
+        return start
+
+    @pytest.mark.parametrize("loop", LOOPS)
+    def test_while_idle(
+        self, program: Callable[[str, str], Program], queue_num: int, loop: str
+    ) -> None:
+        running = program(loop, "python")
+        descriptor = int(running.output.split()[1])
+        # run_socket reads a duplicate.
+        wait_until_blocked(descriptor + (loop == "run_socket"), pid=running.process.pid)
+        start = time.monotonic()
+        running.interrupt()
+        assert running.run().endswith("interrupted\n")
+        assert time.monotonic() - start < PROMPTLY
+        assert not bound_queues()
+
+    @pytest.mark.parametrize("callback", CALLBACKS)
+    @pytest.mark.parametrize("loop", LOOPS)
+    def test_under_load(
+        self,
+        program: Callable[[str, str], Program],
+        queued: Callable[..., UdpFlow],
+        flood: Callable[[UdpFlow], Flood],
+        loop: str,
+        callback: str,
+    ) -> None:
+        running = program(loop, callback)
+        flow = queued()
+        flooding = flood(flow)
+        if "nothing" not in callback:
+            flow.receive_all(200)
+        start = time.monotonic()
+        running.interrupt()
+        assert running.run().endswith("interrupted\n")
+        assert time.monotonic() - start < PROMPTLY
+        assert not flooding.sending.done()
+
+    def test_in_the_callback(
+        self, run_program: Callable[..., Program], queued: Callable[..., UdpFlow], queue_num: int
+    ) -> None:
+        flow = queued()
+        program = run_program(
+            PROGRAM.format(
+                preparation="""
+def callback(packet):
+    try:
+        print("called", flush=True)
+        time.sleep(60)
+    finally:
+        packet.accept()
+""",
+                callback="callback",
+                run="queue.run()",
+            ),
+            str(queue_num),
+        )
+        program.wait_for("bound\n")
+        flow.send(b"hello")
+        program.wait_for("called")
+        program.interrupt()
+        assert program.run().endswith("interrupted\n")
+        assert flow.receive() == b"hello"
+
+    def test_nothing_that_runs_is_python(
+        self, run_program: Callable[..., Program], queue_num: int
+    ) -> None:
+        """Neither recv() nor the callback is, and recv() never waits."""
+        program = run_program(
+            PROGRAM.format(
+                preparation="""
+import collections, itertools, types
+no_packet = (16).to_bytes(4, sys.byteorder) + bytes(12)
+for_ever = collections.defaultdict(itertools.repeat(no_packet).__next__).__getitem__
+""",
+                callback="print",
+                run="queue.run_socket(types.SimpleNamespace(recv=for_ever))",
+            ),
+            str(queue_num),
+        )
+        program.wait_for("bound\n")
+        program.interrupt()
+        assert program.run().endswith("interrupted\n")
+
+
+class HandlerError(Exception):
+    pass
+
+
+class TestHandlers:
+    """In the main thread, which is the one that handles signals, while it runs the queue."""
+
+    @pytest.mark.parametrize("loaded", [False, True], ids=["idle", "under load"])
+    def test_error_of_a_handler_names_run(
+        self, queued_udp: Callable[..., QueuedUdp], flood: Callable[..., Flood], loaded: bool
+    ) -> None:
+        def fail(*_: object) -> None:
+            raise HandlerError
+
+        udp = queued_udp(callback=Packet.accept)
+        if loaded:
+            flood(udp.flow)
+        with alarm(SOON, fail), pytest.raises(HandlerError) as caught:
+            udp.queue.run()
+        functions = [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+        assert any("NetfilterQueue.run" in name for name in functions)
+        # It has lost nothing.
+        udp.queue.run(block=False)
+
+    def test_error_of_a_handler_leaves_run_socket(
+        self, queued_udp: Callable[..., QueuedUdp]
+    ) -> None:
+        def fail(*_: object) -> None:
+            raise HandlerError
+
+        udp = queued_udp(callback=Packet.accept)
+        with socket.socket(fileno=os.dup(udp.queue.fileno())) as same_socket:
+            with alarm(SOON, fail), pytest.raises(HandlerError) as caught:
+                udp.queue.run_socket(same_socket)
+        functions = [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+        assert any("NetfilterQueue.run_socket" in name for name in functions)
+
+    def test_handler_that_returns_leaves_the_loop_running(
+        self, queued_udp: Callable[..., QueuedUdp]
+    ) -> None:
+        """As for every call of Python's own (PEP 475)."""
+        handled = threading.Event()
+
+        def stop_soon(packet: Packet) -> None:
+            packet.accept()
+            udp.queue.stop()
+
+        def send_when_handled() -> None:
+            assert handled.wait(TIMEOUT)
+            udp.flow.send(b"later")
+
+        udp = queued_udp(callback=stop_soon)
+        sending = in_thread(send_when_handled)
+        with alarm(SOON, lambda *_: handled.set()):
+            udp.queue.run()
+        sending.result(TIMEOUT)
+        assert udp.flow.receive() == b"later"
+
+    @pytest.mark.parametrize("end", ["stop", "unbind", "close"])
+    @pytest.mark.parametrize("loop", ["run", "run_socket"])
+    def test_handler_ends_the_idle_loop(
+        self, queue: NetfilterQueue, queue_num: int, loop: str, end: str
+    ) -> None:
+        queue.bind(queue_num, print, sock_len=RECEIVE_BUFFER)
+        with socket.socket(fileno=os.dup(queue.fileno())) as same_socket:
+            arguments = [same_socket] if loop == "run_socket" else []
+            with alarm(SOON, lambda *_: getattr(queue, end)()):
+                assert getattr(queue, loop)(*arguments) is None
+        assert (queue_num in bound_queues()) == (end == "stop")
+
+    @pytest.mark.parametrize("end", ["stop", "unbind", "close"])
+    def test_handler_ends_the_loop_under_load(
+        self, queued_udp: Callable[..., QueuedUdp], flood: Callable[..., Flood], end: str
+    ) -> None:
+        def accept(packet: Packet) -> None:
+            # The handler may run before this line: then it is too late.
+            with contextlib.suppress(RuntimeError):
+                packet.accept()
+
+        udp = queued_udp(callback=accept)
+        flood(udp.flow)
+        with alarm(SOON, lambda *_: getattr(udp.queue, end)()):
+            udp.queue.run()
+        assert bool(bound_queues()) == (end == "stop")
+
+    def test_handler_binds_anew(self, queued_udp: Callable[..., QueuedUdp], queue_num: int) -> None:
+        """The loop was that of the earlier binding: it ends."""
+        udp = queued_udp()
+        new: list[Packet] = []
+
+        def bind_anew(*_: object) -> None:
+            udp.queue.unbind()
+            udp.queue.bind(queue_num, new.append, sock_len=RECEIVE_BUFFER)
+            udp.flow.send(b"new")
+
+        with alarm(SOON, bind_anew):
+            udp.queue.run()
+        while not new:
+            udp.queue.run(block=False)
+        assert udp.packets == []
+        new[0].accept()
+        assert udp.flow.receive() == b"new"
+
+    def test_handler_decides_a_packet(self, queued_udp: Callable[..., QueuedUdp]) -> None:
+        udp = queued_udp()
+        packet = udp.deliver_one(b"hello")
+
+        def decide(*_: object) -> None:
+            packet.accept()
+            udp.queue.stop()
+
+        with alarm(SOON, decide):
+            udp.queue.run()
+        assert udp.flow.receive() == b"hello"
+
+    def test_stop_in_a_handler_between_two_runs_ends_the_next(
+        self, queue: NetfilterQueue, queue_num: int
+    ) -> None:
+        queue.bind(queue_num, print, sock_len=RECEIVE_BUFFER)
+        with alarm(60, lambda *_: queue.stop()):
+            os.kill(os.getpid(), signal.SIGALRM)
+            queue.run()
+
+    def test_callback_in_c_does_not_defer_a_handler(
+        self, queued_udp: Callable[..., QueuedUdp], flood: Callable[..., Flood], queue_num: int
+    ) -> None:
+        def fail(*_: object) -> None:
+            raise HandlerError
+
+        udp = queued_udp()
+        udp.queue.unbind()
+        kept: collections.deque[Packet] = collections.deque(maxlen=10)
+        udp.queue.bind(queue_num, kept.append, max_len=100000, sock_len=RECEIVE_BUFFER)
+        flood(udp.flow)
+        with alarm(SOON, fail), pytest.raises(HandlerError):
+            udp.queue.run()
+
+
+class TestHelper:
+    """The thread that sends verdicts in time is none of Python's: no signal is its own."""
+
+    @pytest.fixture
+    def helped(self, queued_udp: Callable[..., QueuedUdp], queue_num: int) -> QueuedUdp:
+        """A queue whose helper runs, as a read has brought several packets; the first waits."""
+        udp = queued_udp(verdict_delay=0.001)
+        udp.flow.send(b"1", b"2")
+        wait_until_queued(queue_num, 2)
+        udp.queue.run(block=False)
+        assert helper_task()
+        return udp
+
+    def test_every_signal_is_blocked_in_it(self, helped: QueuedUdp) -> None:
+        task = helper_task()
+        assert task is not None
+        status = dict(
+            line.split(":", 1) for line in (task / "status").read_text("ascii").splitlines()
+        )
+        blocked = int(status["SigBlk"], 16)
+        assert blocked & 1 << (signal.SIGUSR1 - 1)
+        # Nobody can block these two, and 32 and 33 are the C library's own.
+        others = {signal.SIGKILL, signal.SIGSTOP, 32, 33}
+        unblocked = {number for number in range(1, 65) if not blocked & 1 << (number - 1)}
+        assert unblocked <= others
+
+    def test_signal_that_python_blocks_stays_pending(self, helped: QueuedUdp) -> None:
+        handled: list[int] = []
+        before = signal.signal(signal.SIGUSR1, lambda number, _: handled.append(number))
+        try:
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+            os.kill(os.getpid(), signal.SIGUSR1)
+            # The helper works, and has not been given what Python's threads refuse.
+            helped.packets[0].accept()
+            assert helped.flow.receive() == b"1"
+            assert signal.SIGUSR1 in signal.sigpending()
+            assert handled == []
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+            wait_until(lambda: handled == [signal.SIGUSR1])
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+            signal.signal(signal.SIGUSR1, before)
+
+    def test_mask_of_the_calling_thread_is_as_before(
+        self, queued_udp: Callable[..., QueuedUdp]
+    ) -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        udp = queued_udp(callback=Packet.accept)
+        udp.deliver(b"1", b"2", b"3")
+        udp.queue.unbind()
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
