@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import subprocess
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
-import Cython
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 PACKAGE = "netfilterqueue"
-MODULES = ("_channel", "_outbox", "_packet", "_impl")
+MODULES = ("_channel", "_outbox", "_packet", "_receiver", "_impl")
 HEADERS = (
     "Python.h",
     "linux/netfilter/nfnetlink_queue.h",
@@ -86,13 +85,20 @@ class BuildExtensions(build_ext):
         compile_args = ["-pthread", *library_flags("--cflags", [])]
         link_args = ["-pthread", *library_flags("--libs", [f"-l{name}" for name in LIBRARIES])]
         self.check_prerequisites(compile_args, link_args)
-        stamp = self.discard_other_settings(f"{macros} {compile_args} {link_args}")
         for extension in self.extensions:
             extension.define_macros = macros
             extension.extra_compile_args = compile_args
             extension.extra_link_args = link_args
-            extension.depends = [*map(str, Path(PACKAGE).glob("*.pxd")), str(stamp)]
+            extension.depends = [str(path) for path in Path(PACKAGE).glob("*.pxd")]
+        # Files that are newer than what they were built from are kept, unless built otherwise.
+        settings = f"{macros} {compile_args} {link_args} {DIRECTIVES} Cython {version('Cython')} "
+        settings += f"{self.compiler.compiler_so} {self.compiler.linker_so}\n"
+        record = Path(self.build_temp, "settings.txt")
+        if not record.is_file() or record.read_text() != settings:
+            record.unlink(missing_ok=True)
+            self.force = True
         super().build_extensions()
+        record.write_text(settings)
 
     def check_prerequisites(self, compile_args: list[str], link_args: list[str]) -> None:
         """Say what is missing and where to get it before the compiler does in many more words."""
@@ -117,7 +123,9 @@ class BuildExtensions(build_ext):
         compile_args = [*(f"-I{path}" for path in self.include_dirs), *compile_args]
         link_args = [*(f"-L{path}" for path in self.library_dirs), *link_args]
         with tempfile.TemporaryDirectory() as directory:
-            source, object_, shared = (f"{directory}/probe{suffix}" for suffix in (".c", ".o", ".so"))
+            source, object_, shared = (
+                f"{directory}/probe{suffix}" for suffix in (".c", ".o", ".so")
+            )
             Path(source).write_text(text + "extern int probe;\nint probe;\n")
             commands = (
                 [*self.compiler.compiler_so, *compile_args, "-c", source, "-o", object_],
@@ -129,17 +137,6 @@ class BuildExtensions(build_ext):
             except (OSError, subprocess.CalledProcessError):
                 return False
         return True
-
-    def discard_other_settings(self, settings: str) -> Path:
-        """Remove what an earlier build made with other settings; return the file that tells them."""
-        settings += f" {self.compiler.compiler_so} {self.compiler.linker_so}"
-        settings += f" {DIRECTIVES} Cython {Cython.__version__}\n"
-        stamp = Path(self.build_temp, "settings.txt")
-        if not stamp.is_file() or stamp.read_text() != settings:
-            shutil.rmtree(self.build_temp, ignore_errors=True)
-            stamp.parent.mkdir(parents=True)
-            stamp.write_text(settings)
-        return stamp
 
 
 setup(
