@@ -45,9 +45,7 @@ def seconds(name: str, value: Any, highest: float) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise TypeError(
-            f"{name} must be a number of seconds, not {type(value).__name__}"
-        ) from None
+        raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}") from None
     if math.isnan(number) or not 0 <= number <= highest:
         raise ValueError(f"{name} is {number} seconds, but must be from 0 to {highest:g}")
     return number

@@ -8,12 +8,13 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
 from netfilterqueue._netlink cimport Cursor, next_message
+from netfilterqueue._uapi cimport close as close_descriptor
 from netfilterqueue._uapi cimport (
     AF_NETLINK, F_DUPFD_CLOEXEC, F_GETFL, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_WAITFORONE,
     NETLINK_CAP_ACK, NETLINK_NETFILTER, NETLINK_NO_ENOBUFS, NLMSG_ERROR, NLMSG_MIN_TYPE,
     NLMSG_NOOP, NLM_F_ACK, NLM_F_REQUEST, O_NONBLOCK, POLLIN, SOCK_CLOEXEC, SOCK_RAW,
     SOL_NETLINK, SOL_SOCKET, SO_DOMAIN, SO_PROTOCOL, SO_RCVBUF, SO_RCVBUFFORCE, SO_RCVTIMEO,
-    SO_TIMESTAMP, bind, close, connect, fcntl, getsockname, getsockopt, mmsghdr,
+    SO_TIMESTAMP, bind, connect, fcntl, getsockname, getsockopt, mmsghdr,
     mnl_nlmsg_put_header, nlmsgerr, nlmsghdr, poll, pollfd, recvmmsg, send, setsockopt,
     sockaddr, sockaddr_nl, socket, socklen_t, timeval,
 )
@@ -464,7 +465,7 @@ cdef class Channel:
             if DEBUG:
                 alive_now.descriptors -= 1
             # Linux has closed the descriptor whatever close() returns.
-            close(fd)
+            close_descriptor(fd)
         return 0
 
 

@@ -120,11 +120,18 @@ cdef class Outbox:
         return 0
 
     cdef bint failed(self, uint32_t flight) noexcept:
+        cdef Waiting *waiting = self.waiting
+        cdef bint found = False
         cdef size_t pair
-        for pair in range(self.waiting.failures):
-            if self.waiting.failed[2 * pair] <= flight <= self.waiting.failed[2 * pair + 1]:
-                return True
-        return False
+        if not waiting.failures:
+            return False
+        # The helper may note another failure just now, and move the array.
+        pthread_mutex_lock(&waiting.lock)
+        for pair in range(waiting.failures):
+            if waiting.failed[2 * pair] <= flight <= waiting.failed[2 * pair + 1]:
+                found = True
+        pthread_mutex_unlock(&waiting.lock)
+        return found
 
     cdef int refused(self, uint32_t sequence, int error) noexcept:
         """Take the kernel's word that it refused a verdict."""
@@ -348,6 +355,9 @@ cdef void before_fork() noexcept nogil:
     while waiting is not NULL:
         stop_helper(waiting)
         send_pending_late(waiting)
+        # Nor may another thread be half-way through a change of what the child will see.
+        pthread_mutex_lock(&waiting.wire)
+        pthread_mutex_lock(&waiting.lock)
         waiting = waiting.next
 
 
@@ -361,6 +371,11 @@ cdef void send_pending_late(Waiting *waiting) noexcept nogil:
 
 
 cdef void after_fork_in_parent() noexcept nogil:
+    cdef Waiting *waiting = roll
+    while waiting is not NULL:
+        pthread_mutex_unlock(&waiting.lock)
+        pthread_mutex_unlock(&waiting.wire)
+        waiting = waiting.next
     pthread_mutex_unlock(&roll_lock)
 
 

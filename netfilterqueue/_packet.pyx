@@ -68,7 +68,7 @@ cdef class Batch:
         return packet if packet.batch is not None else None
 
     cdef bint unwrap(self, Packet packet, const nlmsghdr *message, size_t length, Tally *tally):
-        """Make it the packet of a message; False, and one more in the tally, where that has none."""
+        """Make it the packet of a message; False, and one more in the tally, if it has none."""
         if not is_packet(message):
             tally.foreign += 1
             return False

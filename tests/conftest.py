@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from messages import Wire
-from netfilterqueue import NetfilterQueue, _channel  # type: ignore[attr-defined]
+from netfilterqueue import NetfilterQueue, _channel
 from netfilterqueue._sandbox import search_path
 from netfilterqueue.testing import Sandbox, SandboxUnavailable
 from support import (

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from netfilterqueue import _channel, _namespaces, _sandbox  # type: ignore[attr-defined]
+from netfilterqueue import _channel, _namespaces, _sandbox
 from netfilterqueue.testing import CommandFailed, Sandbox, SandboxUnavailable
 from support import CHAINS, Program, Route, UdpFlow, wait_until
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from netfilterqueue import NetfilterQueue, Packet, _channel  # type: ignore[attr-defined]
+from netfilterqueue import NetfilterQueue, Packet, _channel
 from netfilterqueue.testing import packet as packet_of
 from support import (
     RECEIVE_BUFFER,
