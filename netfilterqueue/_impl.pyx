@@ -7,7 +7,9 @@ from posix.types cimport pid_t
 
 from netfilterqueue._channel cimport BUFFER_SIZE as COMPILED_BUFFER_SIZE
 from netfilterqueue._channel cimport UNANSWERED, Channel, duplicate
-from netfilterqueue._nfqueue cimport ATTRIBUTE_ROOM, REQUEST_WORDS, encode_bind, encode_unbind
+from netfilterqueue._nfqueue cimport (
+    ATTRIBUTE_ROOM, REQUEST_WORDS, encode_bind, encode_unbind, encode_verdict_up_to,
+)
 from netfilterqueue._outbox cimport Outbox
 from netfilterqueue._packet cimport Packet
 from netfilterqueue._receiver cimport Limits, Receiver, limits_of, used_up
@@ -31,6 +33,8 @@ BUFFER_SIZE = COMPILED_BUFFER_SIZE
 # The verdicts that no callback can return.
 cdef uint32_t STOLEN = Verdict.STOLEN
 cdef uint32_t QUEUE = Verdict.QUEUE
+
+cdef uint32_t DROP = Verdict.DROP
 
 # The longest payload that a packet can have.
 cdef enum:
@@ -384,10 +388,20 @@ cdef class NetfilterQueue(Receiver):
         # What the parent has read, the parent delivers.
         self.forget_batches()
         self.awaiting.clear()
+        self.runners = [thread for thread in self.runners if thread == threading.get_ident()]
         self.transition = threading.RLock()
         if self.channel is not None:
             self.channel.forget_threads()
         return 0
+
+
+def drop_older(NetfilterQueue queue not None, Packet packet not None):
+    """Drop the packets of a queue that came before this one and have no verdict yet: for a process
+    that follows another on the same socket, and whose packets only that one knew."""
+    cdef uint32_t request[REQUEST_WORDS]
+    if packet.fields.id > 1:
+        queue.channel.transmit(encode_verdict_up_to(request, packet.fields.queue_num,
+                                                    packet.fields.id - 1, DROP))
 
 
 @cython.final

@@ -14,10 +14,11 @@ from netfilterqueue._uapi cimport (
     AF_UNSPEC, NFNETLINK_V0, NFNL_SUBSYS_QUEUE, NFQA_HWADDR, NFQA_IFINDEX_INDEV,
     NFQA_IFINDEX_OUTDEV, NFQA_IFINDEX_PHYSINDEV, NFQA_IFINDEX_PHYSOUTDEV, NFQA_MARK,
     NFQA_PACKET_HDR, NFQA_PAYLOAD, NFQA_TIMESTAMP, NFQA_VERDICT_HDR, NFQNL_CFG_CMD_BIND,
-    NFQNL_CFG_CMD_UNBIND, NFQNL_MSG_CONFIG, NFQNL_MSG_PACKET, NFQNL_MSG_VERDICT, NLM_F_ACK,
-    NLM_F_REQUEST, htonl, htons, nfgenmsg, nfq_nlmsg_cfg_put_cmd, nfq_nlmsg_cfg_put_params,
-    nfq_nlmsg_cfg_put_qmaxlen, nfq_nlmsg_put, nfqnl_msg_packet_hdr, nfqnl_msg_packet_hw,
-    nfqnl_msg_packet_timestamp, nfqnl_msg_verdict_hdr, nlattr, nlmsghdr, ntohs,
+    NFQNL_CFG_CMD_UNBIND, NFQNL_MSG_CONFIG, NFQNL_MSG_PACKET, NFQNL_MSG_VERDICT,
+    NFQNL_MSG_VERDICT_BATCH, NLM_F_ACK, NLM_F_REQUEST, htonl, htons, nfgenmsg,
+    nfq_nlmsg_cfg_put_cmd, nfq_nlmsg_cfg_put_params, nfq_nlmsg_cfg_put_qmaxlen, nfq_nlmsg_put,
+    nfqnl_msg_packet_hdr, nfqnl_msg_packet_hw, nfqnl_msg_packet_timestamp,
+    nfqnl_msg_verdict_hdr, nlattr, nlmsghdr, ntohs,
 )
 
 
@@ -181,6 +182,17 @@ cdef inline nlmsghdr *encode_unbind(uint32_t *buffer, uint16_t queue_num) noexce
     cdef nlmsghdr *message = nfq_nlmsg_put(<char *> buffer, NFQNL_MSG_CONFIG, queue_num)
     message.nlmsg_flags |= NLM_F_ACK
     nfq_nlmsg_cfg_put_cmd(message, 0, NFQNL_CFG_CMD_UNBIND)
+    return message
+
+
+cdef inline nlmsghdr *encode_verdict_up_to(uint32_t *buffer, uint16_t queue_num, uint32_t id,
+                                           uint32_t verdict) noexcept nogil:
+    """One verdict for all packets of a queue that were queued no later than this one."""
+    cdef nlmsghdr *message = nfq_nlmsg_put(<char *> buffer, NFQNL_MSG_VERDICT_BATCH, queue_num)
+    cdef nfqnl_msg_verdict_hdr header
+    header.verdict = htonl(verdict)
+    header.id = htonl(id)
+    put_attribute(message, NFQA_VERDICT_HDR, &header, sizeof(header))
     return message
 
 

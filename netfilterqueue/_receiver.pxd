@@ -10,6 +10,7 @@ cdef struct Limits:
     double deadline             # NEVER: wait for ever; AT_ONCE: do not wait
     Py_ssize_t wanted           # packets to hand out, at the most
     bint emptied                # the latest read has emptied the socket, and that is enough
+    unsigned long thread        # that began it
     bint handles_signals        # it waits on the thread that Python's signal handlers run on
 
 cdef Limits limits_of(block, timeout, count) except *
@@ -23,7 +24,7 @@ cdef class Receiver:
     cdef Batch last             # the end of that list, or the last one that was
     cdef list pulled            # the two latest slabs that packets were pulled from: its users too
     cdef Slab borrowed          # of run_socket(): for bytes that another's recv() returned
-    cdef int runners            # calls that hand out packets, under way
+    cdef list runners           # threads of the calls that hand out packets, under way
     cdef list awaiting          # descriptors that coroutines wait for, duplicates of the channel's
     cdef bint stopping
     cdef bint is_closed

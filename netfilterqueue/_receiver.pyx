@@ -54,6 +54,7 @@ cdef class Receiver:
     def __cinit__(self):
         self.pulled = []
         self.awaiting = []
+        self.runners = []
 
     cdef int require_open(self) except -1:
         if self.is_closed:
@@ -66,11 +67,14 @@ cdef class Receiver:
             raise RuntimeError("no queue is bound: call bind() first")
         limits.handles_signals = (limits.deadline == NEVER
                                   and threading.current_thread() is threading.main_thread())
-        self.runners += 1
+        limits.thread = threading.get_ident()
+        self.runners.append(limits.thread)
         return self.outbox
 
     cdef int leave(self, Outbox outbox, const Limits *limits) except -1:
-        self.runners -= 1
+        # In a forked child those of other threads are not there.
+        if limits.thread in self.runners:
+            self.runners.remove(limits.thread)
         if limits.handles_signals:
             self.channel.look_back(False)
         if not self.runners:

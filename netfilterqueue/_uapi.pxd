@@ -210,6 +210,7 @@ cdef extern from "<linux/netfilter/nfnetlink_queue.h>" nogil:
     enum:
         NFQNL_MSG_PACKET
         NFQNL_MSG_VERDICT
+        NFQNL_MSG_VERDICT_BATCH
         NFQNL_MSG_CONFIG
         NFQNL_CFG_CMD_BIND
         NFQNL_CFG_CMD_UNBIND

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from netfilterqueue import COPY_META, NetfilterQueue, Packet, Verdict
+from netfilterqueue import NetfilterQueue, Packet, Verdict
 from support import TIMEOUT, bound_queues, in_thread, run_until, wait_until, wait_until_queued
 
 if TYPE_CHECKING:
@@ -706,19 +706,3 @@ class TestOverrun:
         wait_until(overrun.flow.arrived)
         overrun.queue.stop()
         assert running.result(TIMEOUT) is None
-
-
-class TestPayloadErrors:
-    def test_no_payload_says_which_mode(self, queued_udp: Callable[..., QueuedUdp]) -> None:
-        udp = queued_udp(mode=COPY_META)
-        packet = udp.deliver_one()
-        for use in (Packet.get_payload, Packet.retain, bytes, memoryview):
-            with pytest.raises(RuntimeError, match="perhaps you're using COPY_META mode"):
-                use(packet)
-
-    def test_payload_too_late_says_retain(self, queued_udp: Callable[..., QueuedUdp]) -> None:
-        udp = queued_udp()
-        packet = udp.deliver_one()
-        for use in (Packet.get_payload, Packet.retain, bytes, memoryview):
-            with pytest.raises(RuntimeError, match=re.escape("You must call retain() within")):
-                use(packet)

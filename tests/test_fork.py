@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import traceback
 import warnings
 from pathlib import Path
@@ -335,6 +336,25 @@ class TestMoments:
         assert not bound_queues()
         udp.queue.unbind()
         assert running.result(TIMEOUT) is None
+
+    def test_child_is_stopped_once_whoever_ran_the_queue_in_the_parent(
+        self, queue: NetfilterQueue, queue_num: int
+    ) -> None:
+        def read_again() -> None:
+            queue.stop()
+            assert queue.read() == []
+            start = time.monotonic()
+            assert queue.read(timeout=0.05) == []
+            assert time.monotonic() - start >= 0.05
+
+        queue.bind(queue_num, sock_len=RECEIVE_BUFFER)
+        reading = in_thread(queue.read)
+        wait_until_blocked(queue.fileno())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            in_child(read_again)
+        queue.stop()
+        assert reading.result(TIMEOUT) == []
 
     def test_while_other_threads_decide(self, queued_udp: Callable[..., QueuedUdp]) -> None:
         """A lock that another thread holds at that moment is no use in the child."""

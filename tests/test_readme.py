@@ -208,6 +208,7 @@ def check_filter(
 RECEIVED = {"Changing packets": b"HELLO"}
 PRINTED = {
     "Example": "UDP packet, 33 bytes",
+    "Slow callbacks": "UDP packet, 33 bytes",
     "Signals, threads, processes": "stopped",
     "Event loops": "UDP packet, 33 bytes",
     "Event loops 2": "UDP packet, 33 bytes",
@@ -246,13 +247,16 @@ class Example(NamedTuple):
 
 
 EXPECTED = {
+    "asyncio_pull": Example(27, "UDP packet, 33 bytes"),
     "asyncio_run": Example(21, "UDP packet, 33 bytes"),
     "gevent_run_socket": Example(22, "UDP packet, 33 bytes"),
+    "pool": Example(28, "UDP packet, 33 bytes"),
     "print_and_accept": Example(None, "UDP packet, 33 bytes"),
     "scapy_edit": Example(23, "", b"HELLO"),
     "subclass_handle": Example(24, "1 UDP"),
     "threads": Example(25, "queue 25: UDP packet, 33 bytes"),
     "trio_run": Example(26, "UDP packet, 33 bytes"),
+    "workers": Example(60, "queue 60: UDP packet, 33 bytes"),
 }
 
 
