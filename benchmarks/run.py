@@ -14,11 +14,14 @@ import drain
 import environments
 import idle
 import latency
+import loops
+import stopping
+import workers
 from arena import ContestError
 from contest import Contestant, Result, positive
 from netfilterqueue.testing import SandboxUnavailable
 
-BENCHMARKS = (drain, latency, idle)
+BENCHMARKS = (drain, latency, idle, loops, stopping, workers)
 CONTESTANTS = ("this", "classic", "c")
 
 
