@@ -159,14 +159,19 @@ def has_ended(pid: int) -> bool:
     return state(pid) in "ZX"
 
 
+def first_of(queue_num: int) -> int:
+    """The first number of a range that no other test uses."""
+    return 30000 + 8 * (queue_num % 4000)
+
+
 @pytest.fixture
 def team(
     run_program: Callable[..., Program], queue_num: int, tmp_path: Path
 ) -> Callable[..., Team]:
-    """Serve `count` queues, the first of them 100 times `queue_num`, in a program."""
+    """Serve `count` queues, the first of them `first_of(queue_num)`, in a program."""
 
     def start(count: int = 1, *, settings: dict[str, Any] | None = None, **options: Any) -> Team:
-        numbers = [queue_num * 100 + place for place in range(count)]
+        numbers = [first_of(queue_num) + place for place in range(count)]
         fifo = tmp_path / "fifo"
         os.mkfifo(fifo)
         argument = json.dumps([numbers, str(fifo), settings or {}, options])
@@ -178,7 +183,7 @@ def team(
 @pytest.fixture
 def flow(traffic: Traffic, rules: Callable[..., Rule], queue_num: int) -> UdpFlow:
     """Datagrams to the first queue of a `team`."""
-    return filtered(traffic, rules, queue_num * 100)
+    return filtered(traffic, rules, first_of(queue_num))
 
 
 def filtered(
