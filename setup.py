@@ -13,7 +13,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 PACKAGE = "netfilterqueue"
-MODULES = ("_channel", "_outbox", "_packet", "_receiver", "_impl")
+MODULES = ("_channel", "_outbox", "_packet", "_receiver", "_impl", "_lowlevel")
 HEADERS = (
     "Python.h",
     "linux/netfilter/nfnetlink_queue.h",

@@ -15,13 +15,14 @@ import environments
 import idle
 import latency
 import loops
+import lowlevel
 import stopping
 import workers
 from arena import ContestError
 from contest import Contestant, Result, positive
 from netfilterqueue.testing import SandboxUnavailable
 
-BENCHMARKS = (drain, latency, idle, loops, stopping, workers)
+BENCHMARKS = (drain, latency, idle, loops, lowlevel, stopping, workers)
 CONTESTANTS = ("this", "classic", "c")
 
 

@@ -90,6 +90,19 @@ def unbind_refused(queue_num: int, error: int) -> OSError:
     return OSError(error, f"Failed to unbind queue {queue_num}: {reason(error)}")
 
 
+def refused(action: str, error: int) -> OSError:
+    """The exception for a request that changes something else than who has a queue."""
+    if error == errno.EOPNOTSUPP:
+        why = "this kernel lacks what it takes"
+    elif error == errno.ENODEV:
+        why = "the queue is not bound any more"
+    elif error == errno.ENOBUFS:
+        why = "the kernel's answer was lost; a larger receive buffer makes that less likely"
+    else:
+        why = reason(error)
+    return OSError(error, f"Failed to {action}: {why}")
+
+
 def verdicts_not_sent(error: int) -> OSError:
     return OSError(
         error,

@@ -11,9 +11,10 @@ from netfilterqueue._netlink cimport (
     read_be64, type_of, value_of,
 )
 from netfilterqueue._uapi cimport (
-    AF_UNSPEC, NFNETLINK_V0, NFNL_SUBSYS_QUEUE, NFQA_HWADDR, NFQA_IFINDEX_INDEV,
-    NFQA_IFINDEX_OUTDEV, NFQA_IFINDEX_PHYSINDEV, NFQA_IFINDEX_PHYSOUTDEV, NFQA_MARK,
-    NFQA_PACKET_HDR, NFQA_PAYLOAD, NFQA_TIMESTAMP, NFQA_VERDICT_HDR, NFQNL_CFG_CMD_BIND,
+    AF_UNSPEC, NFNETLINK_V0, NFNL_SUBSYS_QUEUE, NFQA_CFG_FLAGS, NFQA_CFG_MASK, NFQA_GID,
+    NFQA_HWADDR, NFQA_IFINDEX_INDEV, NFQA_IFINDEX_OUTDEV, NFQA_IFINDEX_PHYSINDEV,
+    NFQA_IFINDEX_PHYSOUTDEV, NFQA_MARK, NFQA_PACKET_HDR, NFQA_PAYLOAD, NFQA_TIMESTAMP, NFQA_UID,
+    NFQA_VERDICT_HDR, NFQNL_CFG_CMD_BIND,
     NFQNL_CFG_CMD_UNBIND, NFQNL_MSG_CONFIG, NFQNL_MSG_PACKET, NFQNL_MSG_VERDICT,
     NFQNL_MSG_VERDICT_BATCH, NLM_F_ACK, NLM_F_REQUEST, htonl, htons, nfgenmsg,
     nfq_nlmsg_cfg_put_cmd, nfq_nlmsg_cfg_put_params, nfq_nlmsg_cfg_put_qmaxlen, nfq_nlmsg_put,
@@ -47,6 +48,10 @@ cdef struct PacketFields:
     uint8_t hw_address[8]
     uint64_t seconds             # since the epoch; 0 with microseconds 0: no time stamp
     uint64_t microseconds
+    uint32_t uid                 # of the local sender, where has_uid: 0 is root's
+    uint32_t gid
+    bint has_uid
+    bint has_gid
     const char *payload          # borrowed from the message; NULL: none
     uint32_t payload_length
 
@@ -59,6 +64,14 @@ cdef inline bint decode_u32(const nlattr *attribute, uint32_t *field) noexcept n
     if length_of(attribute) != sizeof(uint32_t):
         return False
     field[0] = read_be32(value_of(attribute))
+    return True
+
+
+cdef inline bint decode_owner(const nlattr *attribute, uint32_t *number,
+                              bint *known) noexcept nogil:
+    if not decode_u32(attribute, number):
+        return False
+    known[0] = True
     return True
 
 
@@ -130,6 +143,10 @@ cdef inline bint decode_attribute(const nlattr *attribute, PacketFields *fields,
         return decode_hw(attribute, fields)
     if kind == NFQA_TIMESTAMP:
         return decode_timestamp(attribute, fields)
+    if kind == NFQA_UID:
+        return decode_owner(attribute, &fields.uid, &fields.has_uid)
+    if kind == NFQA_GID:
+        return decode_owner(attribute, &fields.gid, &fields.has_gid)
     return False
 
 
@@ -166,12 +183,17 @@ cdef inline bint decode_packet(const nlmsghdr *message, size_t length, PacketFie
     return identified
 
 
+cdef inline nlmsghdr *begin_request(uint32_t *buffer, uint16_t queue_num) noexcept nogil:
+    cdef nlmsghdr *message = nfq_nlmsg_put(<char *> buffer, NFQNL_MSG_CONFIG, queue_num)
+    message.nlmsg_flags |= NLM_F_ACK
+    return message
+
+
 cdef inline nlmsghdr *encode_bind(uint32_t *buffer, uint16_t queue_num, uint8_t mode,
                                   uint32_t copy_range, uint32_t max_len) noexcept nogil:
     """Bind and configure in one message: with several there is a moment in which the queue is in
     COPY_NONE and drops what comes."""
-    cdef nlmsghdr *message = nfq_nlmsg_put(<char *> buffer, NFQNL_MSG_CONFIG, queue_num)
-    message.nlmsg_flags |= NLM_F_ACK
+    cdef nlmsghdr *message = begin_request(buffer, queue_num)
     nfq_nlmsg_cfg_put_cmd(message, 0, NFQNL_CFG_CMD_BIND)
     nfq_nlmsg_cfg_put_params(message, mode, <int> copy_range)
     nfq_nlmsg_cfg_put_qmaxlen(message, max_len)
@@ -179,9 +201,43 @@ cdef inline nlmsghdr *encode_bind(uint32_t *buffer, uint16_t queue_num, uint8_t 
 
 
 cdef inline nlmsghdr *encode_unbind(uint32_t *buffer, uint16_t queue_num) noexcept nogil:
-    cdef nlmsghdr *message = nfq_nlmsg_put(<char *> buffer, NFQNL_MSG_CONFIG, queue_num)
-    message.nlmsg_flags |= NLM_F_ACK
+    cdef nlmsghdr *message = begin_request(buffer, queue_num)
     nfq_nlmsg_cfg_put_cmd(message, 0, NFQNL_CFG_CMD_UNBIND)
+    return message
+
+
+# Changes of a queue that is bound.
+
+cdef inline nlmsghdr *encode_mode(uint32_t *buffer, uint16_t queue_num, uint8_t mode,
+                                  uint32_t copy_range) noexcept nogil:
+    cdef nlmsghdr *message = begin_request(buffer, queue_num)
+    nfq_nlmsg_cfg_put_params(message, mode, <int> copy_range)
+    return message
+
+
+cdef inline nlmsghdr *encode_max_len(uint32_t *buffer, uint16_t queue_num,
+                                     uint32_t max_len) noexcept nogil:
+    cdef nlmsghdr *message = begin_request(buffer, queue_num)
+    nfq_nlmsg_cfg_put_qmaxlen(message, max_len)
+    return message
+
+
+cdef inline nlmsghdr *encode_flags(uint32_t *buffer, uint16_t queue_num, uint32_t mask,
+                                   uint32_t flags) noexcept nogil:
+    """Set the flags (NFQA_CFG_F_…) that are in ``mask`` as they are in ``flags``."""
+    cdef nlmsghdr *message = begin_request(buffer, queue_num)
+    mask = htonl(mask)
+    flags = htonl(flags)
+    put_attribute(message, NFQA_CFG_MASK, &mask, sizeof(mask))
+    put_attribute(message, NFQA_CFG_FLAGS, &flags, sizeof(flags))
+    return message
+
+
+cdef inline nlmsghdr *encode_family(uint32_t *buffer, uint16_t family,
+                                    uint8_t command) noexcept nogil:
+    """Bind or unbind an address family as a whole, which kernels since 3.8 take for granted."""
+    cdef nlmsghdr *message = begin_request(buffer, 0)
+    nfq_nlmsg_cfg_put_cmd(message, family, command)
     return message
 
 

@@ -177,6 +177,17 @@ cdef class Packet:
         """The output port's index of a bridged packet, else 0 (NFQA_IFINDEX_PHYSOUTDEV)."""
         return self.fields.physoutdev
 
+    @property
+    def uid(self):
+        """The number of the user that owns the socket which sent it, None where the kernel does not
+        say: it does only for local senders, and if it was asked to (NFQA_UID)."""
+        return self.fields.uid if self.fields.has_uid else None
+
+    @property
+    def gid(self):
+        """The number of that user's group, None where the kernel does not say (NFQA_GID)."""
+        return self.fields.gid if self.fields.has_gid else None
+
     def get_hw(self):
         """The source's hardware address as bytes, six on Ethernet; None where there is none, as on
         the OUTPUT hook (NFQA_HWADDR)."""

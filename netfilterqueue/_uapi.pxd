@@ -214,6 +214,15 @@ cdef extern from "<linux/netfilter/nfnetlink_queue.h>" nogil:
         NFQNL_MSG_CONFIG
         NFQNL_CFG_CMD_BIND
         NFQNL_CFG_CMD_UNBIND
+        NFQNL_CFG_CMD_PF_BIND
+        NFQNL_CFG_CMD_PF_UNBIND
+        NFQA_CFG_MASK
+        NFQA_CFG_FLAGS
+        NFQA_CFG_F_FAIL_OPEN
+        NFQA_CFG_F_CONNTRACK
+        NFQA_CFG_F_GSO
+        NFQA_CFG_F_UID_GID
+        NFQA_CFG_F_SECCTX
         NFQA_PACKET_HDR
         NFQA_VERDICT_HDR
         NFQA_MARK
@@ -224,6 +233,8 @@ cdef extern from "<linux/netfilter/nfnetlink_queue.h>" nogil:
         NFQA_IFINDEX_PHYSOUTDEV
         NFQA_HWADDR
         NFQA_PAYLOAD
+        NFQA_UID
+        NFQA_GID
 
 
 cdef extern from "<arpa/inet.h>" nogil:

@@ -77,10 +77,10 @@ class Field(NamedTuple):
     absent: Any
 
 
-def number(kind: NFQA, name: str) -> Field:
+def number(kind: NFQA, name: str, absent: int | None = 0) -> Field:
     numbers = (0xFEDCBA98, 0x01020304)
     values = (struct.pack("!I", numbers[0]), struct.pack("!I", numbers[1]))
-    return Field(kind, values, lambda packet: getattr(packet, name), numbers, 0)
+    return Field(kind, values, lambda packet: getattr(packet, name), numbers, absent)
 
 
 FIELDS = {
@@ -89,6 +89,8 @@ FIELDS = {
     "outdev": number(NFQA.IFINDEX_OUTDEV, "outdev"),
     "physindev": number(NFQA.IFINDEX_PHYSINDEV, "physindev"),
     "physoutdev": number(NFQA.IFINDEX_PHYSOUTDEV, "physoutdev"),
+    "uid": number(NFQA.UID, "uid", None),
+    "gid": number(NFQA.GID, "gid", None),
     "hw": Field(
         NFQA.HWADDR,
         (struct.pack("!HH8s", 6, 0, b"\2\0\0\0\0\1zz"), struct.pack("!HH8s", 8, 0, b"infinity")),
@@ -381,6 +383,13 @@ def test_truncated_message_is_a_packet_from_its_header_on() -> None:
             assert tally == NOTHING_SKIPPED
 
 
+@pytest.mark.parametrize("name", ["uid", "gid"])
+def test_root_is_told_from_unknown(name: str) -> None:
+    zero = attribute(FIELDS[name].kind, bytes(4))
+    assert getattr(decode_one(packet_header(), zero), name) == 0
+    assert getattr(decode_one(packet_header()), name) is None
+
+
 # Datagrams
 
 
@@ -497,7 +506,12 @@ def reference_attributes(rest: bytes, found: dict[int, Any]) -> int:
 
 
 UNKNOWN = object()
-NUMBERS = {NFQA.MARK, *range(NFQA.IFINDEX_INDEV, NFQA.IFINDEX_PHYSOUTDEV + 1)}
+NUMBERS = {
+    NFQA.MARK,
+    *range(NFQA.IFINDEX_INDEV, NFQA.IFINDEX_PHYSOUTDEV + 1),
+    NFQA.UID,
+    NFQA.GID,
+}
 
 
 def meaning_of(kind: int, value: bytes) -> Any:

@@ -213,6 +213,7 @@ PRINTED = {
     "Event loops": "UDP packet, 33 bytes",
     "Event loops 2": "UDP packet, 33 bytes",
     "Event loops 3": "UDP packet, 33 bytes",
+    "Your own receive loop": "33 bytes",
     "Coming from 0.1": "queue 1: UDP packet, 33 bytes",
 }
 
@@ -251,6 +252,7 @@ EXPECTED = {
     "asyncio_run": Example(21, "UDP packet, 33 bytes"),
     "gevent_run_socket": Example(22, "UDP packet, 33 bytes"),
     "pool": Example(28, "UDP packet, 33 bytes"),
+    "own_loop": Example(27, "packet of 33 bytes"),
     "print_and_accept": Example(None, "UDP packet, 33 bytes"),
     "scapy_edit": Example(23, "", b"HELLO"),
     "subclass_handle": Example(24, "1 UDP"),

@@ -104,6 +104,8 @@ def packet_members(packet: Packet) -> None:
     assert_type(packet.physindev, int)
     assert_type(packet.physoutdev, int)
     assert_type(packet.queue_num, int)
+    assert_type(packet.uid, "int | None")
+    assert_type(packet.gid, "int | None")
     assert_type(packet.verdict, "Verdict | None")
     assert_type(packet.get_payload(), bytes)
     assert_type(packet.get_payload_len(), int)
