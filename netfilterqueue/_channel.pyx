@@ -387,6 +387,9 @@ cdef class Channel:
             slab = self.receive(MSG_DONTWAIT)
             if slab is not None:
                 self.keep(slab)
+            elif self.answers[sequence] is not None:
+                # Another thread handled it while this one took the GIL back.
+                return 0
             elif self.others_reading() <= 0 or time.monotonic() >= deadline:
                 return 0
             else:

@@ -161,7 +161,7 @@ def serve(
         return statistics_of(workers)
 
 
-def check_arguments(handler: object, queues: Iterable[int]) -> list[int]:
+def check_arguments(handler: Any, queues: Iterable[int]) -> list[int]:
     if not callable(handler):
         raise TypeError(f"the handler must be callable with one argument, the packet: {handler!r}")
     numbers = [integer("queue number", number, 0, 0xFFFF) for number in queues]

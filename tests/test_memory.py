@@ -172,6 +172,7 @@ PACKET_USES: dict[str, Callable[[Packet], object]] = {
     "get_payload": Packet.get_payload,
     "get_payload_len": Packet.get_payload_len,
     "get_timestamp": Packet.get_timestamp,
+    "gid": lambda packet: packet.gid,
     "hook": lambda packet: packet.hook,
     "hw_protocol": lambda packet: packet.hw_protocol,
     "id": lambda packet: packet.id,
@@ -185,6 +186,7 @@ PACKET_USES: dict[str, Callable[[Packet], object]] = {
     "retain": use_retain,
     "set_mark": use_set_mark,
     "set_payload": use_set_payload,
+    "uid": lambda packet: packet.uid,
     "verdict": use_verdict,
 }
 
