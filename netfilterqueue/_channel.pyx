@@ -213,10 +213,11 @@ cdef class Channel:
         # First of all: whoever wants to wake this thread looks whether there is a reader.
         self.readers += 1
         try:
-            slab = self.spare_slab()
             while True:
                 # The last moment before the wait: a signal that came earlier is handled now.
                 PyErr_CheckSignals()
+                # Nothing from here to the read lets other code run, which could take the same one.
+                slab = self.spare_slab()
                 slab.users += 1
                 self.reading += 1
                 with nogil:

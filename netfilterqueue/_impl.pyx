@@ -173,6 +173,7 @@ cdef class NetfilterQueue(Receiver):
             channel.transmit(encode_unbind(request, binding.queue_num))
             raise
         if error == UNANSWERED:
+            channel.transmit(encode_unbind(request, binding.queue_num))
             raise bind_unanswered(binding.queue_num)
         if error:
             raise bind_refused(binding.queue_num, error, channel.port_id(), elsewhere=self.adopted)

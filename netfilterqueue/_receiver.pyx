@@ -222,6 +222,9 @@ cdef class Receiver:
         while self.first is not None:
             self.first.end()
             self.drop_first()
+        # It would serve again, for another outbox; and to let go of the last reference to an outbox
+        # lets other threads run, in the midst of take().
+        self.last = None
         return 0
 
     cdef Packet pull(self):
