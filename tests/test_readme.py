@@ -198,10 +198,11 @@ def check_filter(
     program.interrupt()
     status = program.wait()
     if status == -signal.SIGINT:
-        assert program.output.rstrip().endswith("KeyboardInterrupt")
+        assert "KeyboardInterrupt" in program.output
     else:
         assert status == 0, program.output
-        assert "Traceback" not in program.output
+        # gevent shows an interrupt that comes while another greenlet runs.
+        assert "Traceback" not in program.output or "KeyboardInterrupt" in program.output
     assert queue_num not in bound_queues()
 
 
