@@ -215,10 +215,11 @@ class TestHandlers:
             raise HandlerError
 
         udp = queued_udp(callback=Packet.accept)
-        if loaded:
-            flood(udp.flow)
+        load = flood(udp.flow) if loaded else None
         with alarm(SOON, fail), pytest.raises(HandlerError) as caught:
             udp.queue.run()
+        if load is not None:
+            load.end()
         functions = [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
         assert any("NetfilterQueue.run" in name for name in functions)
         # It has lost nothing.
