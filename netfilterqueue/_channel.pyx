@@ -282,9 +282,8 @@ cdef class Channel:
         """Have a reader that waits look for signals once more, LOOK_BACK after it began to wait.
 
         A signal that comes after the look at it and before the wait would not be handled until the
-        next packet came. Where other threads wait for the GIL, giving it up takes long, and makes
-        that likely: programs get signals when they have just shown something, which is when a
-        packet was handled. LOOK_BACK later, nothing makes the two meet.
+        next packet came; and programs get signals when they have just shown something, which is
+        when a packet was handled. LOOK_BACK later, nothing makes the two meet.
         """
         cdef timeval after
         if on == self.looks_back:

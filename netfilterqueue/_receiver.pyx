@@ -2,9 +2,6 @@
 from cpython.bytes cimport PyBytes_CheckExact
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.pyport cimport PY_SSIZE_T_MAX
-from cpython.pystate cimport (
-    PyInterpreterState, PyInterpreterState_ThreadHead, PyThreadState_Next,
-)
 from libc.errno cimport EAGAIN, ENOBUFS
 from libc.stdint cimport uint32_t
 
@@ -12,9 +9,6 @@ from netfilterqueue._channel cimport Slab
 from netfilterqueue._outbox cimport Outbox, is_verdict
 from netfilterqueue._packet cimport Batch, Packet, lend, new_batch, settle
 from netfilterqueue._uapi cimport MSG_DONTWAIT
-
-cdef extern from "Python.h":
-    PyInterpreterState *PyInterpreterState_Get() noexcept
 
 import math
 import threading
@@ -43,10 +37,6 @@ cdef Limits limits_of(block, timeout, count) except *:
 cdef bint used_up(const Limits *limits) except -1:
     return not limits.wanted or (AT_ONCE < limits.deadline < NEVER
                                  and time.monotonic() >= limits.deadline)
-
-
-cdef bint has_other_threads() noexcept:
-    return PyThreadState_Next(PyInterpreterState_ThreadHead(PyInterpreterState_Get())) is not NULL
 
 
 cdef class Receiver:
@@ -119,7 +109,7 @@ cdef class Receiver:
         if limits.deadline < NEVER:
             return self.channel.receive_until(limits.deadline)
         if limits.handles_signals:
-            self.channel.look_back(has_other_threads())
+            self.channel.look_back(True)
         return self.channel.receive(0)
 
     cdef Slab read_through(self, sock):
