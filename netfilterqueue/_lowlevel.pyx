@@ -92,6 +92,10 @@ cdef class NetfilterQueueHandle(Receiver):
     Made by open(). The program calls recv() on a socket made from fd(), in whatever loop it likes,
     and passes each datagram to handle_packet(). All methods but close() raise ValueError once the
     handle is closed. Any thread may call them.
+
+    Packets come in the order of the queue. Where one thread changes something, such as a queue's
+    mode, while another has received a datagram that it has not passed on yet, those that the change
+    found in the socket can come before that one.
     """
     cdef object __weakref__
     cdef dict queues            # by number; the value is a Registration
