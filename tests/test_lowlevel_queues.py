@@ -422,10 +422,12 @@ class TestRequestsUnderTraffic:
 
         def loop() -> None:
             with socket_of(handle) as sock:
+                # What made it readable can be an answer, which the other thread takes.
+                sock.setblocking(False)
                 while not stopping.is_set():
                     if select.select([sock], [], [], 0.01)[0]:
                         with contextlib.suppress(BlockingIOError):
-                            handle.handle_packet(sock.recv(65536, socket.MSG_DONTWAIT))
+                            handle.handle_packet(sock.recv(65536))
 
         queue = handle.create_queue(queue_num, accept)
         looping = in_thread(loop)
