@@ -13,7 +13,16 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 PACKAGE = "netfilterqueue"
-MODULES = ("_channel", "_outbox", "_packet", "_receiver", "_impl", "_lowlevel")
+MODULES = (
+    "_channel",
+    "_outbox",
+    "_packet",
+    "_receiver",
+    "_impl",
+    "_lowlevel",
+    "_nflogdata",
+    "_nflog",
+)
 HEADERS = (
     "Python.h",
     "linux/netfilter/nfnetlink_queue.h",

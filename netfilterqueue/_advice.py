@@ -8,6 +8,7 @@ from pathlib import Path
 
 # Of the calling thread's network namespace, which need not be the socket's.
 KERNEL_QUEUES = Path("/proc/thread-self/net/netfilter/nfnetlink_queue")
+KERNEL_LOGS = Path("/proc/thread-self/net/netfilter/nfnetlink_log")
 
 CAPABILITY = (
     "CAP_NET_ADMIN is needed in the socket's network namespace: run as root, give the interpreter "
@@ -29,15 +30,15 @@ def has_net_admin() -> bool:
     return bool(int(effective.split()[1], 16) >> CAP_NET_ADMIN & 1)
 
 
-def holder_of(queue_num: int) -> int | None:
-    """The port id that has this queue bound, or None where it cannot be known."""
+def holder_of(number: int, table: Path) -> int | None:
+    """The port id that has this queue or group bound, or None where it cannot be known."""
     try:
-        rows = KERNEL_QUEUES.read_text().splitlines()
+        rows = table.read_text().splitlines()
     except OSError:
         return None
     for row in rows:
         fields = row.split()
-        if len(fields) >= 2 and fields[0] == str(queue_num):
+        if len(fields) >= 2 and fields[0] == str(number):
             return int(fields[1])
     return None
 
@@ -51,6 +52,15 @@ def name_of(port_id: int) -> str:
     return f"port id {port_id}, probably process {port_id} ({command})"
 
 
+def not_permitted(holder: int | None) -> str:
+    """Why the kernel says EPERM to who asks for a number that this port id holds, if anybody."""
+    if not has_net_admin():
+        return CAPABILITY
+    if holder is None:
+        return f"{CAPABILITY}, unless another program holds the number there"
+    return f"the number is taken by {name_of(holder)}; end that program or use another number"
+
+
 def bind_refused(queue_num: int, error: int, own_port_id: int, *, elsewhere: bool) -> OSError:
     """The exception for a refused bind request; PermissionError where errno is EPERM.
 
@@ -58,15 +68,11 @@ def bind_refused(queue_num: int, error: int, own_port_id: int, *, elsewhere: boo
     """
     holder = None
     if error == errno.EPERM and not elsewhere:
-        holder = holder_of(queue_num)
+        holder = holder_of(queue_num, KERNEL_QUEUES)
     if error == errno.EBUSY:
         why = f"the number is taken by port id {own_port_id}, which is this very socket"
-    elif error == errno.EPERM and not has_net_admin():
-        why = CAPABILITY
-    elif holder is not None:
-        why = f"the number is taken by {name_of(holder)}; end that program or use another number"
     elif error == errno.EPERM:
-        why = f"{CAPABILITY}, unless another program holds the number there"
+        why = not_permitted(holder)
     elif error == errno.EINVAL:
         why = "the kernel lacks NFQUEUE: load it with modprobe nfnetlink_queue"
     else:
@@ -79,6 +85,30 @@ def bind_unanswered(queue_num: int) -> OSError:
         errno.ENOBUFS,
         f"Failed to create queue {queue_num}: the kernel's answer was lost; let nobody else read "
         "this socket, or use a larger receive buffer (sock_len)",
+    )
+
+
+def open_refused(group: int, error: int) -> OSError:
+    """The exception for a refused log group; PermissionError where errno is EPERM."""
+    if error == errno.EPERM:
+        why = not_permitted(holder_of(group, KERNEL_LOGS))
+    elif error == errno.EINVAL:
+        why = "the kernel lacks NFLOG: load it with modprobe nfnetlink_log"
+    elif error == errno.EOPNOTSUPP:
+        why = (
+            "this kernel cannot tell connections (FLAG_CONNTRACK): load nf_conntrack_netlink, or "
+            "open without this flag"
+        )
+    else:
+        why = reason(error)
+    return OSError(error, f"Failed to open log group {group}: {why}")
+
+
+def open_unanswered(group: int) -> OSError:
+    return OSError(
+        errno.ENOBUFS,
+        f"Failed to open log group {group}: the kernel's answer was lost; use a larger receive "
+        "buffer (rcvbuf)",
     )
 
 

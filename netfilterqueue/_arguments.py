@@ -1,19 +1,28 @@
-"""Checks of what users pass to ``bind``, before anything is sent to the kernel."""
+"""Checks of what users pass to ``bind`` and to ``open``, before anything is sent to the kernel."""
 
 from __future__ import annotations
 
 import math
 import operator
-from typing import Any, Callable, NamedTuple
+import os
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 
-from netfilterqueue.constants import COPY_META, COPY_NONE, COPY_PACKET
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
+COPY_MODES = ("COPY_NONE", "COPY_META", "COPY_PACKET")
+ENOBUFS_MODES = ("ENOBUFS_RAISE", "ENOBUFS_HANDLE", "ENOBUFS_DISABLE")
 MAX_UINT32 = 0xFFFFFFFF
 MAX_INT = 0x7FFFFFFF
 # recvmmsg(2) takes no more (UIO_MAXIOV).
 MAX_BATCH = 1024
 MAX_VERDICT_DELAY = 3600.0
 MAX_TIMEOUT = 1e9
+# The kernel doubles a receive buffer's size, and keeps it in an int.
+MAX_RECEIVE_BUFFER = 0x3FFFFFFF
+# Sizes of a log group's buffer that every kernel takes; others it ignores, and says nothing.
+MIN_NLBUF = min(os.sysconf("SC_PAGE_SIZE"), 8192)
+MAX_NLBUF = 131072
 
 
 class Binding(NamedTuple):
@@ -51,12 +60,16 @@ def seconds(name: str, value: Any, highest: float) -> float:
     return number
 
 
-def copy_mode(value: Any) -> int:
-    if value not in (COPY_NONE, COPY_META, COPY_PACKET):
-        raise ValueError(
-            f"mode is {value!r}, but must be COPY_NONE (0), COPY_META (1) or COPY_PACKET (2)"
-        )
+def one_of(name: str, value: Any, names: Sequence[str]) -> int:
+    """The value, if it is the place of one of the names: they are numbered from 0."""
+    if value not in range(len(names)):
+        text = ", ".join(f"{name} ({number})" for number, name in enumerate(names))
+        raise ValueError(f"{name} is {value!r}, but must be {' or '.join(text.rsplit(', ', 1))}")
     return int(value)
+
+
+def copy_mode(value: Any, name: str = "mode") -> int:
+    return one_of(name, value, COPY_MODES)
 
 
 def one_callback(user_callback: Any, callback: Any) -> Any:
@@ -95,4 +108,44 @@ def check_bind(
         timestamps=bool(timestamps),
         batch=integer("batch", batch, 1, MAX_BATCH),
         verdict_delay=seconds("verdict_delay", verdict_delay, MAX_VERDICT_DELAY),
+    )
+
+
+class LogGroup(NamedTuple):
+    """What ``nflog.open`` was asked for, checked."""
+
+    group: int
+    timeout: int  # hundredths of a second
+    qthresh: int
+    rcvbuf: int
+    nlbuf: int
+    enobufs: int
+    copymode: int
+    range: int
+    flags: int
+
+
+def check_open(
+    group: Any,
+    timeout: Any,
+    qthresh: Any,
+    rcvbuf: Any,
+    nlbuf: Any,
+    enobufs: Any,
+    copymode: Any,
+    copy_range: Any,
+    flags: Any,
+) -> LogGroup:
+    if nlbuf != 0:
+        nlbuf = integer("nlbuf (if it is not 0)", nlbuf, MIN_NLBUF, MAX_NLBUF)
+    return LogGroup(
+        group=integer("group", group, 0, 0xFFFF),
+        timeout=round(seconds("timeout", timeout, MAX_UINT32 / 100) * 100),
+        qthresh=integer("qthresh", qthresh, 0, MAX_UINT32),
+        rcvbuf=integer("rcvbuf", rcvbuf, 0, MAX_RECEIVE_BUFFER),
+        nlbuf=int(nlbuf),
+        enobufs=one_of("enobufs", enobufs, ENOBUFS_MODES),
+        copymode=copy_mode(copymode, "copymode"),
+        range=integer("range", copy_range, 0, MAX_UINT32),
+        flags=integer("flags", flags, 0, 7),
     )

@@ -79,6 +79,7 @@ cdef class Channel:
     cdef list refusals          # (sequence number, errno) of messages that asked for no answer
     cdef bint looks_back        # see look_back()
     cdef bint nudged            # an acknowledgement that nobody awaits is in the socket
+    cdef uint64_t overruns      # how often the kernel said that messages did not fit: ENOBUFS
     cdef uint64_t malformed     # datagrams, or ends of them, that are no netlink messages
 
     cdef uint32_t port_id(self) except? 0
@@ -105,5 +106,7 @@ cdef class Channel:
     cdef int discard_arrived(self) except -1
     cdef int forget_threads(self) except -1
     cdef int size_receive_buffer(self, int size) except -1
+    cdef int receive_buffer(self) except -1
+    cdef int report_overruns(self) except -1
     cdef int stamp_packets(self, bint on) except -1
     cdef int close(self) except -1

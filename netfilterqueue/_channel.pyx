@@ -239,8 +239,10 @@ cdef class Channel:
                     PyErr_CheckSignals()
                     self.await_readable(-1)
                     continue
-                # ENOBUFS needs no word: what was lost shows in the kernel's counters.
-                if error != EINTR and error != ENOBUFS:
+                # What was lost shows in the kernel's counters; report_overruns() has it told here.
+                if error == ENOBUFS:
+                    self.overruns += 1
+                elif error != EINTR:
                     raise os_error(error, "cannot read from the netlink socket")
         finally:
             self.readers -= 1
@@ -453,7 +455,15 @@ cdef class Channel:
         # net.core.rmem_max.
         if setsockopt(self.fd, SOL_SOCKET, SO_RCVBUFFORCE, &size, sizeof(size)) < 0:
             set_option(self.fd, SOL_SOCKET, SO_RCVBUF, size)
+        return self.receive_buffer()
+
+    cdef int receive_buffer(self) except -1:
         return get_option(self.fd, SOL_SOCKET, SO_RCVBUF)
+
+    cdef int report_overruns(self) except -1:
+        """Have the kernel say so when messages did not fit into the receive buffer. The price: it
+        then drops all that follow, too, until the buffer has been read empty."""
+        return set_option(self.fd, SOL_NETLINK, NETLINK_NO_ENOBUFS, 0)
 
     cdef int stamp_packets(self, bint on) except -1:
         # The kernel stamps packets only while some socket on the host asks for it.

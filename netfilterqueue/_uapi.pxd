@@ -58,6 +58,12 @@ cdef extern from "<sys/socket.h>" nogil:
     int recvmmsg(int fd, mmsghdr *messages, unsigned int count, int flags, timespec *timeout)
 
 
+cdef extern from "<net/if.h>" nogil:
+    enum:
+        IF_NAMESIZE
+    char *if_indextoname(unsigned int index, char *name)
+
+
 cdef extern from "<sys/time.h>" nogil:
     struct timeval:
         long tv_sec
@@ -187,6 +193,7 @@ cdef extern from "<linux/netfilter/nfnetlink.h>" nogil:
     enum:
         NFNETLINK_V0
         NFNL_SUBSYS_QUEUE
+        NFNL_SUBSYS_ULOG
 
 
 cdef extern from "<linux/netfilter/nfnetlink_queue.h>" nogil:
@@ -237,6 +244,62 @@ cdef extern from "<linux/netfilter/nfnetlink_queue.h>" nogil:
         NFQA_GID
 
 
+cdef extern from "<linux/netfilter/nfnetlink_log.h>" nogil:
+    struct nfulnl_msg_packet_hdr:
+        uint16_t hw_protocol
+        uint8_t hook
+
+    struct nfulnl_msg_packet_hw:
+        uint16_t hw_addrlen
+        uint8_t hw_addr[8]
+
+    struct nfulnl_msg_packet_timestamp:
+        uint64_t sec
+        uint64_t usec
+
+    struct nfulnl_msg_config_cmd:
+        uint8_t command
+
+    struct nfulnl_msg_config_mode:
+        uint32_t copy_range
+        uint8_t copy_mode
+
+    enum:
+        NFULNL_MSG_PACKET
+        NFULNL_MSG_CONFIG
+        NFULNL_CFG_CMD_BIND
+        NFULNL_CFG_CMD_UNBIND
+        NFULNL_CFG_F_SEQ
+        NFULNL_CFG_F_SEQ_GLOBAL
+        NFULNL_CFG_F_CONNTRACK
+        NFULA_CFG_CMD
+        NFULA_CFG_MODE
+        NFULA_CFG_NLBUFSIZ
+        NFULA_CFG_TIMEOUT
+        NFULA_CFG_QTHRESH
+        NFULA_CFG_FLAGS
+        NFULA_PACKET_HDR
+        NFULA_MARK
+        NFULA_TIMESTAMP
+        NFULA_IFINDEX_INDEV
+        NFULA_IFINDEX_OUTDEV
+        NFULA_IFINDEX_PHYSINDEV
+        NFULA_IFINDEX_PHYSOUTDEV
+        NFULA_HWADDR
+        NFULA_PAYLOAD
+        NFULA_PREFIX
+        NFULA_UID
+        NFULA_SEQ
+        NFULA_SEQ_GLOBAL
+        NFULA_GID
+        NFULA_HWTYPE
+        NFULA_HWHEADER
+        NFULA_CT
+        NFULA_VLAN
+        NFULA_VLAN_PROTO
+        NFULA_VLAN_TCI
+
+
 cdef extern from "<arpa/inet.h>" nogil:
     uint16_t htons(uint16_t value)
     uint32_t htonl(uint32_t value)
@@ -250,6 +313,7 @@ cdef extern from "<endian.h>" nogil:
 
 cdef extern from "<libmnl/libmnl.h>" nogil:
     nlmsghdr *mnl_nlmsg_put_header(void *buffer)
+    void *mnl_nlmsg_put_extra_header(nlmsghdr *message, size_t size)
 
 
 cdef extern from "<libnetfilter_queue/libnetfilter_queue.h>" nogil:

@@ -56,6 +56,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run as the real root, in a network namespace without a user namespace",
     )
+    parser.addoption(
+        "--messages",
+        type=int,
+        default=100_000,
+        help="how many messages to log for the test that counts them (default %(default)s)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -72,6 +72,7 @@ def code_blocks(document: Path, language: str) -> Iterator[Block]:
 PROGRAMS = {block.name: block.text for block in code_blocks(README, "python")}
 # This one is a test, not a program that runs a queue.
 TEST_OF_A_FILTER = PROGRAMS.pop("Testing a filter")
+LOG_READER = PROGRAMS.pop("NFLOG")
 COMMANDS = [
     line
     for block in code_blocks(README, "sh")
@@ -87,7 +88,7 @@ def test_document_is_valid(name: str) -> None:
 
 def test_every_program_of_the_readme_is_run() -> None:
     shown = README.read_text(encoding="utf-8").count("code-block:: python")
-    assert len([*PROGRAMS, TEST_OF_A_FILTER]) == shown
+    assert len([*PROGRAMS, TEST_OF_A_FILTER, LOG_READER]) == shown
 
 
 def test_example_is_the_one_in_the_file() -> None:
@@ -235,6 +236,25 @@ def test_program_of_the_readme(
     assert PRINTED.get(name, "") in program.output
 
 
+def test_log_reader_of_the_readme(
+    run_program: Callable[..., Program], rules: Callable[..., Rule], traffic: Traffic
+) -> None:
+    program = run_program(LOG_READER, python=PYTHON)
+    flow = traffic.udp()
+    target = ("-j", "NFLOG", "--nflog-group", "1", "--nflog-prefix", "udp: ")
+    rules("INPUT", "-p", "udp", "--dport", str(flow.port), *target)
+
+    def opened() -> bool:
+        groups = Path("/proc/self/net/netfilter/nfnetlink_log").read_text().split()
+        return groups[:1] == ["1"]
+
+    wait_until(opened, START_TIMEOUT, "the group is open")
+    flow.send(b"hello")
+    program.wait_for("udp: 33 bytes from lo")
+    program.interrupt()
+    assert program.wait() == -signal.SIGINT
+
+
 def test_test_of_the_readme(run_program: Callable[..., Program], tmp_path: Path) -> None:
     (tmp_path / "test_filter.py").write_text(TEST_OF_A_FILTER, encoding="utf-8")
     start = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
@@ -263,7 +283,10 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
+# What reads a log group is for test_nflog.py.
+@pytest.mark.parametrize(
+    "name", sorted({path.stem for path in EXAMPLES.glob("*.py")} - {"print_log"})
+)
 def test_example(
     name: str,
     run_program: Callable[..., Program],

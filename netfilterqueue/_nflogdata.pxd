@@ -1,0 +1,16 @@
+"""A logged packet."""
+from netfilterqueue._channel cimport Slab
+from netfilterqueue._uapi cimport nlmsghdr
+
+
+cdef class NflogData:
+    cdef const nlmsghdr *message    # NULL: made by nobody who may
+    cdef size_t length              # of the message, bytes
+    cdef Slab slab                  # that it is in; None once it is a copy of our own
+    cdef int place                  # in slab.lent; each of them counts among slab.users
+
+    cdef int keep(self) except -1
+
+
+cdef NflogData lend(Slab slab, const nlmsghdr *message, size_t length)
+cdef int settle(Slab slab) except -1

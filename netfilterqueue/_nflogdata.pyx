@@ -1,0 +1,277 @@
+"""``NflogData``: a logged packet, and how it borrows its bytes from the read it came with."""
+cimport cython
+from cpython.object cimport PyTypeObject
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
+
+from netfilterqueue._channel cimport DEBUG, Slab, alive_now
+from netfilterqueue._netlink cimport Cursor, length_of, read_be16, read_be32, read_be64, value_of
+from netfilterqueue._nflogformat cimport find, find_in, sized
+from netfilterqueue._uapi cimport (
+    IF_NAMESIZE, NFULA_CT, NFULA_GID, NFULA_HWADDR, NFULA_HWHEADER, NFULA_HWTYPE,
+    NFULA_IFINDEX_INDEV, NFULA_IFINDEX_OUTDEV, NFULA_IFINDEX_PHYSINDEV, NFULA_IFINDEX_PHYSOUTDEV,
+    NFULA_MARK, NFULA_PACKET_HDR, NFULA_PAYLOAD, NFULA_PREFIX, NFULA_SEQ, NFULA_SEQ_GLOBAL,
+    NFULA_TIMESTAMP, NFULA_UID, NFULA_VLAN, NFULA_VLAN_PROTO, NFULA_VLAN_TCI, if_indextoname,
+    nfulnl_msg_packet_hdr, nfulnl_msg_packet_hw, nfulnl_msg_packet_timestamp, nlattr, nlmsghdr,
+)
+
+from netfilterqueue.constants import Vlan
+
+# The attributes in the order of dict(data).
+ATTRIBUTES = (
+    "proto", "hwtype", "nfmark", "timestamp", "timestamp_us", "indev", "physindev", "outdev",
+    "physoutdev", "uid", "gid", "hwaddr", "hwhdr", "payload", "prefix", "hook", "seq",
+    "seq_global", "vlan", "conntrack",
+)
+
+
+# It takes part in no cycle: what it refers to, a slab, refers to nothing.
+@cython.final
+@cython.no_gc
+@cython.freelist(256)
+cdef class NflogData:
+    """A logged packet: what the kernel says about it, read when asked.
+
+    A handle makes these objects; they cannot be constructed. An attribute that the message lacks
+    is None. ``dict(data)`` has them all. They stay readable for as long as the object lives.
+    """
+
+    def __cinit__(self):
+        if DEBUG:
+            alive_now.packets += 1
+
+    def __init__(self, *args, **kwargs):
+        raise TypeError("log messages come from an Nflog handle and cannot be constructed")
+
+    def __dealloc__(self):
+        if DEBUG:
+            alive_now.packets -= 1
+        if self.slab is not None:
+            self.slab.users -= 1
+            self.slab.lent[self.place] = NULL
+        else:
+            free(<void *> self.message)
+
+    cdef int keep(self) except -1:
+        """Take a copy of the message: its slab is about to be used again."""
+        cdef void *copy = malloc(self.length)
+        if copy is NULL:
+            raise MemoryError()
+        self.message = <const nlmsghdr *> memcpy(copy, self.message, self.length)
+        self.slab.lent[self.place] = NULL
+        self.slab.users -= 1
+        self.slab = None
+        return 0
+
+    def __iter__(self):
+        return iter([(name, getattr(self, name)) for name in ATTRIBUTES])
+
+    def __repr__(self):
+        return f"<NflogData {dict(self)}>"
+
+    @property
+    def proto(self):
+        """The protocol of the layer below: 0x0800 for IPv4, 0x86DD for IPv6 (NFULA_PACKET_HDR)."""
+        cdef const char *value = value_in(self, NFULA_PACKET_HDR, sizeof(nfulnl_msg_packet_hdr))
+        if value is NULL:
+            return None
+        return read_be16(&(<const nfulnl_msg_packet_hdr *> value).hw_protocol)
+
+    @property
+    def hook(self):
+        """The netfilter hook that logged it, a value of ``netfilterqueue.Hook``
+        (NFULA_PACKET_HDR)."""
+        cdef const char *value = value_in(self, NFULA_PACKET_HDR, sizeof(nfulnl_msg_packet_hdr))
+        if value is NULL:
+            return None
+        return (<const nfulnl_msg_packet_hdr *> value).hook
+
+    @property
+    def hwtype(self):
+        """The kind of interface, a number of <linux/if_arp.h>: 1 for Ethernet (NFULA_HWTYPE)."""
+        return u16_of(find(self.message, self.length, NFULA_HWTYPE))
+
+    @property
+    def nfmark(self):
+        """The packet's mark. The kernel says nothing of one that is 0 (NFULA_MARK)."""
+        return u32_in(self, NFULA_MARK) or 0
+
+    @property
+    def timestamp(self):
+        """When the packet arrived or was logged, in seconds since the epoch as time.time() counts
+        them, with microseconds (NFULA_TIMESTAMP). None on OUTPUT and POSTROUTING."""
+        microseconds = self.timestamp_us
+        return None if microseconds is None else microseconds / 1000000
+
+    @property
+    def timestamp_us(self):
+        """The same in microseconds, an int."""
+        cdef const char *value = value_in(self, NFULA_TIMESTAMP,
+                                          sizeof(nfulnl_msg_packet_timestamp))
+        if value is NULL:
+            return None
+        return <object> read_be64(value) * 1000000 + read_be64(value + sizeof(uint64_t))
+
+    @property
+    def indev(self):
+        """The name of the interface that it came from, looked up now; None where there is none,
+        or none any more (NFULA_IFINDEX_INDEV)."""
+        return interface_in(self, NFULA_IFINDEX_INDEV)
+
+    @property
+    def physindev(self):
+        """The name of the input port of a bridged packet, like indev (NFULA_IFINDEX_PHYSINDEV)."""
+        return interface_in(self, NFULA_IFINDEX_PHYSINDEV)
+
+    @property
+    def outdev(self):
+        """The name of the interface that it leaves by, like indev (NFULA_IFINDEX_OUTDEV)."""
+        return interface_in(self, NFULA_IFINDEX_OUTDEV)
+
+    @property
+    def physoutdev(self):
+        """The name of the output port of a bridged packet, like indev
+        (NFULA_IFINDEX_PHYSOUTDEV)."""
+        return interface_in(self, NFULA_IFINDEX_PHYSOUTDEV)
+
+    @property
+    def uid(self):
+        """The user whose socket it belongs to; None where no socket of this host is known
+        (NFULA_UID)."""
+        return u32_in(self, NFULA_UID)
+
+    @property
+    def gid(self):
+        """The group whose socket it belongs to, like uid (NFULA_GID)."""
+        return u32_in(self, NFULA_GID)
+
+    @property
+    def hwaddr(self):
+        """The source's hardware address as bytes, six on Ethernet (NFULA_HWADDR)."""
+        cdef const nfulnl_msg_packet_hw *hw = <const nfulnl_msg_packet_hw *> value_in(
+            self, NFULA_HWADDR, sizeof(nfulnl_msg_packet_hw))
+        cdef uint16_t length
+        if hw is NULL:
+            return None
+        length = read_be16(&hw.hw_addrlen)
+        if length > sizeof(hw.hw_addr):
+            return None
+        return (<const char *> hw.hw_addr)[:length]
+
+    @property
+    def hwhdr(self):
+        """The link layer's header as bytes, 14 on Ethernet (NFULA_HWHEADER)."""
+        return bytes_in(self, NFULA_HWHEADER)
+
+    @property
+    def payload(self):
+        """The packet from its network header on, as bytes, as much of it as the group and the rule
+        have copied (NFULA_PAYLOAD)."""
+        return bytes_in(self, NFULA_PAYLOAD)
+
+    @property
+    def prefix(self):
+        """The text that the rule gives its messages (NFULA_PREFIX). Bytes that are not UTF-8 are
+        escaped as in os.fsdecode()."""
+        prefix = bytes_in(self, NFULA_PREFIX)
+        return None if prefix is None else text_of(prefix.partition(b"\0")[0])
+
+    @property
+    def seq(self):
+        """The message's number in the group, counting from 0; after 2**32 - 1 comes 0
+        (FLAG_SEQ, NFULA_SEQ)."""
+        return u32_in(self, NFULA_SEQ)
+
+    @property
+    def seq_global(self):
+        """The message's number among those of all groups (FLAG_SEQ_GLOBAL, NFULA_SEQ_GLOBAL)."""
+        return u32_in(self, NFULA_SEQ_GLOBAL)
+
+    @property
+    def vlan(self):
+        """The ``Vlan(proto, tci)`` of a bridged packet that has a VLAN tag (NFULA_VLAN)."""
+        cdef const nlattr *nested = find(self.message, self.length, NFULA_VLAN)
+        if nested is NULL:
+            return None
+        proto = u16_of(find_in(inside(nested), NFULA_VLAN_PROTO))
+        tci = u16_of(find_in(inside(nested), NFULA_VLAN_TCI))
+        return None if proto is None or tci is None else Vlan(proto, tci)
+
+    @property
+    def conntrack(self):
+        """The packet's connection as the kernel encodes it, bytes (FLAG_CONNTRACK, NFULA_CT)."""
+        return bytes_in(self, NFULA_CT)
+
+
+cdef const char *value_in(NflogData data, uint16_t kind, size_t size) noexcept:
+    return sized(find(data.message, data.length, kind), size)
+
+
+cdef object u16_of(const nlattr *attribute):
+    cdef const char *value = sized(attribute, sizeof(uint16_t))
+    return None if value is NULL else read_be16(value)
+
+
+cdef object u32_in(NflogData data, uint16_t kind):
+    cdef const char *value = value_in(data, kind, sizeof(uint32_t))
+    return None if value is NULL else read_be32(value)
+
+
+cdef object bytes_in(NflogData data, uint16_t kind):
+    cdef const nlattr *attribute = find(data.message, data.length, kind)
+    return None if attribute is NULL else value_of(attribute)[:length_of(attribute)]
+
+
+cdef object interface_in(NflogData data, uint16_t kind):
+    cdef char name[IF_NAMESIZE]
+    cdef const char *value = value_in(data, kind, sizeof(uint32_t))
+    if value is NULL or if_indextoname(read_be32(value), name) is NULL:
+        return None
+    return text_of(name)
+
+
+cdef object text_of(bytes text):
+    return text.decode("utf-8", "surrogateescape")
+
+
+cdef Cursor inside(const nlattr *nested) noexcept:
+    cdef Cursor cursor
+    cursor.at = value_of(nested)
+    cursor.left = length_of(nested)
+    return cursor
+
+
+cdef NflogData lend(Slab slab, const nlmsghdr *message, size_t length):
+    """The object for a message of a slab, which borrows it until settle() or its end."""
+    cdef NflogData data
+    if slab.lent is NULL:
+        slab.lent = <void **> malloc(slab.messages * sizeof(void *))
+        slab.places = 0
+        if slab.lent is NULL:
+            raise MemoryError()
+    data = NflogData.__new__(NflogData)
+    data.message = message
+    data.length = length
+    data.slab = slab
+    data.place = slab.places
+    slab.lent[slab.places] = <void *> data
+    slab.places += 1
+    slab.users += 1
+    return data
+
+
+cdef int settle(Slab slab) except -1:
+    """Have the objects that are messages of a slab take copies."""
+    cdef int place
+    for place in range(slab.places):
+        if slab.lent[place] is not NULL:
+            (<NflogData> slab.lent[place]).keep()
+    free(slab.lent)
+    slab.lent = NULL
+    slab.places = 0
+    return 0
+
+
+# Users know the class by the public module's name.
+(<PyTypeObject *> NflogData).tp_name = b"netfilterqueue.nflog.NflogData"

@@ -1,0 +1,728 @@
+"""Log groups on the kernel: what is told of packets on their way, and how it is handed out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import itertools
+import os
+import re
+import select
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# trio registers with hypothesis, which looks for its caller by the collector: not after conftest.py
+# has frozen what there is.
+import hypothesis  # noqa: F401
+import pytest
+import trio
+
+import netfilterqueue.nflog as nflogr
+from netfilterqueue import Hook
+from netfilterqueue.nflog import Nflog, NflogData
+from support import TIMEOUT, alarm, in_thread, wait_until, wait_until_blocked
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from netfilterqueue.testing import Node, Rule
+    from support import Program, Traffic, UdpFlow
+
+PREFIX = "logged: "
+group_numbers = itertools.count(1)
+
+
+def open_groups() -> dict[int, list[str]]:
+    """The lines of the kernel's table of log groups."""
+    path = Path("/proc/self/net/netfilter/nfnetlink_log")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {int(line.split()[0]): line.split()[1:] for line in lines}
+
+
+def sent(data: NflogData) -> bytes:
+    """What the datagram of a `UdpFlow` carries."""
+    assert data.payload is not None
+    return data.payload[28:] if data.payload[0] >> 4 == 4 else data.payload[48:]
+
+
+@pytest.fixture
+def group(router: Node) -> Iterator[int]:
+    number = next(group_numbers)
+    yield number
+    assert number not in open_groups(), "the group was left open"
+
+
+@pytest.fixture
+def logged(group: int, rules: Callable[..., Rule], traffic: Traffic) -> Callable[..., UdpFlow]:
+    """Make UDP traffic that goes to `group`: `logged("forward", chain="POSTROUTING")`."""
+
+    def flow(
+        path: str = "loopback",
+        *options: object,
+        chain: str = "INPUT",
+        table: str = "filter",
+        ipv6: bool = False,
+        prefix: str = PREFIX,
+    ) -> UdpFlow:
+        made = traffic.udp(path, ipv6=ipv6)
+        target = ["-j", "NFLOG", "--nflog-group", group, *options]
+        if prefix:
+            target += ["--nflog-prefix", prefix]
+        rules(chain, "-p", "udp", "--dport", made.port, *target, table=table, ipv6=ipv6)
+        return made
+
+    return flow
+
+
+@pytest.fixture
+def log(group: int) -> Iterator[Nflog]:
+    """The group, open as it is by default."""
+    with nflogr.open(group) as opened:
+        yield opened
+
+
+# What the kernel tells
+
+HOOKS = {
+    Hook.PREROUTING: ("forward", "PREROUTING", "raw"),
+    Hook.INPUT: ("input", "INPUT", "filter"),
+    Hook.FORWARD: ("forward", "FORWARD", "filter"),
+    Hook.OUTPUT: ("output", "OUTPUT", "filter"),
+    Hook.POSTROUTING: ("output", "POSTROUTING", "mangle"),
+}
+
+
+@pytest.mark.parametrize("ipv6", [False, True], ids=["IPv4", "IPv6"])
+@pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.name)
+def test_every_attribute_on_every_hook(
+    hook: Hook, ipv6: bool, group: int, logged: Callable[..., UdpFlow]
+) -> None:
+    path, chain, table = HOOKS[hook]
+    flags = nflogr.FLAG_SEQ | nflogr.FLAG_SEQ_GLOBAL
+    flow = logged(path, chain=chain, table=table, ipv6=ipv6)
+    with nflogr.open(group, flags=flags) as log:
+        before = time.time()
+        flow.sender.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, 77)
+        flow.send(b"hello")
+        data = log.next()
+    assert data is not None
+    entering = hook in (Hook.PREROUTING, Hook.INPUT, Hook.FORWARD)
+    leaving = hook in (Hook.FORWARD, Hook.OUTPUT, Hook.POSTROUTING)
+    assert data.hook == hook
+    assert data.proto == (0x86DD if ipv6 else 0x0800)
+    assert sent(data) == b"hello"
+    assert data.prefix == PREFIX
+    assert data.seq == 0
+    assert data.seq_global is not None
+    assert (data.indev is None) != entering
+    assert (data.outdev is None) != leaving
+    assert {data.indev, data.outdev} <= {None, *(name for _, name in socket.if_nameindex())}
+    assert data.indev != data.outdev
+    assert (data.physindev, data.physoutdev, data.vlan, data.conntrack) == (None,) * 4
+    if entering:
+        # The mark was the sender's, in another namespace.
+        assert data.nfmark == 0
+        assert data.timestamp is not None
+        assert data.timestamp_us is not None
+        assert before - 1 < data.timestamp < time.time() + 1
+        assert data.timestamp_us == pytest.approx(data.timestamp * 1e6, abs=1)
+        assert data.hwtype == 1
+        assert data.hwaddr is not None
+        assert data.hwhdr is not None
+        assert len(data.hwhdr) == 14
+        assert data.hwhdr[6:12] == data.hwaddr
+        assert (data.uid, data.gid) == (None, None)
+    else:
+        assert data.nfmark == 77
+        assert (data.timestamp, data.timestamp_us) == (None, None)
+        assert data.hwaddr is None
+        assert (data.uid, data.gid) == (os.geteuid(), os.getegid())
+    assert len(dict(data)) == 20
+
+
+def test_message_without_prefix(log: Nflog, logged: Callable[..., UdpFlow]) -> None:
+    logged(prefix="").send(b"x")
+    data = log.next()
+    assert data is not None
+    assert not data.prefix
+
+
+@pytest.mark.parametrize(
+    ("options", "length"),
+    [
+        ({"range": 30}, 30),
+        ({"range": 0}, 128),
+        ({"copymode": nflogr.COPY_PACKET}, 128),
+        ({"copymode": nflogr.COPY_META}, None),
+        ({"copymode": nflogr.COPY_NONE}, None),
+    ],
+)
+def test_how_much_is_copied(
+    options: dict[str, int], length: int | None, group: int, logged: Callable[..., UdpFlow]
+) -> None:
+    flow = logged()
+    with nflogr.open(group, **options) as log:
+        flow.send(bytes(100))
+        data = log.next()
+    assert data is not None
+    assert data.prefix == PREFIX
+    assert (None if data.payload is None else len(data.payload)) == length
+
+
+@pytest.mark.parametrize("nlbuf", [0, 4096, 131072])
+def test_largest_packets_are_whole(nlbuf: int, group: int, logged: Callable[..., UdpFlow]) -> None:
+    flow = logged()
+    with nflogr.open(group, nlbuf=nlbuf, qthresh=3, timeout=0.05) as log:
+        payloads = [b"a" * 65000, b"small", b"b" * 65000, b"c" * 3000]
+        flow.send(*payloads)
+        assert [sent(data) for data in itertools.islice(log, 4)] == payloads
+        assert log.lost == 0
+
+
+def nft(router: Node, *commands: str) -> None:
+    for command in commands:
+        router.run(["nft", *command.split()])
+
+
+def test_bridge_and_netdev_families(group: int, router: Node, traffic: Traffic) -> None:
+    interface = next(name for _, name in socket.if_nameindex() if name != "lo")
+    if router.run(["nft", "add", "table", "netdev", "t"], check=False).returncode:
+        pytest.skip("this kernel has no netdev family")
+    try:
+        hook = f"type filter hook ingress device {interface} priority 0"
+        chain = f"add chain netdev t c {{ {hook}; }}"
+        rule = f'add rule netdev t c log group {group} prefix "ingress"'
+        if any(router.run(["nft", command], check=False).returncode for command in (chain, rule)):
+            pytest.skip("this kernel logs nothing in the netdev family")
+        flow = traffic.udp("forward")
+        with nflogr.open(group) as log:
+            flow.send(b"hello")
+            data = next(data for data in log if data.proto == 0x0800)
+        assert (data.prefix, data.indev, data.outdev) == ("ingress", interface, None)
+        assert sent(data) == b"hello"
+    finally:
+        nft(router, "delete table netdev t")
+
+
+# Many messages
+
+
+def flood(flow: UdpFlow, count: int) -> None:
+    for _ in range(count):
+        flow.sender.send(b"x")
+
+
+# Not a thread: two that wait for each other's GIL would take minutes.
+SENDER = """
+import socket, sys
+port, count = map(int, sys.argv[1:])
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+    sender.connect(("127.0.0.1", port))
+    for _ in range(count):
+        sender.send(b"x")
+"""
+
+
+def packets_of(group: int, router: Node) -> int:
+    """What the rule for this group has counted."""
+    rules = router.run(["iptables-save", "-c"]).stdout
+    (counted,) = re.findall(rf"\[(\d+):\d+\] .*--nflog-group {group}\b", rules)
+    return int(counted)
+
+
+def drain(log: Nflog) -> int:
+    return sum(1 for _ in iter(lambda: log.next(wait=False), None))
+
+
+@pytest.mark.parametrize("threshold", [1, 100])
+@pytest.mark.parametrize("rcvbuf", [212992, 4096], ids=["usual buffer", "tiny buffer"])
+def test_every_message_is_handed_out_or_counted_as_lost(
+    threshold: int,
+    rcvbuf: int,
+    group: int,
+    router: Node,
+    logged: Callable[..., UdpFlow],
+    run_program: Callable[..., Program],
+    pytestconfig: pytest.Config,
+) -> None:
+    wanted = pytestconfig.getoption("--messages")
+    flow = logged("loopback", "--nflog-threshold", threshold)
+    received = 0
+    with nflogr.open(
+        group, qthresh=100, timeout=0.05, rcvbuf=rcvbuf, enobufs=nflogr.ENOBUFS_DISABLE
+    ) as log:
+        sender = run_program(SENDER, str(flow.port), str(wanted))
+        in_thread(sender.wait, 60).add_done_callback(lambda _: log.stop())
+        for _ in log:
+            received += 1
+
+        def all_accounted_for() -> bool:
+            nonlocal received
+            received += drain(log)
+            # What is missing at the end shows with the next message.
+            flow.send(b"one more")
+            wait_until(lambda: open_groups()[group][1] == "0", what="handed to the socket")
+            received += drain(log)
+            return packets_of(group, router) == received + (log.lost or 0)
+
+        wait_until(all_accounted_for)
+    assert received >= wanted / 1000
+
+
+def test_messages_come_together(group: int, logged: Callable[..., UdpFlow]) -> None:
+    flow = logged()
+    with nflogr.open(group, qthresh=10, timeout=10) as log:
+        flood(flow, 9)
+        assert log.next(wait=False) is None
+        flood(flow, 1)
+        assert log.queue() == 10
+        assert log.queued == 10
+        assert [data.seq for data in itertools.islice(log, 10)] == [*range(10)]
+        assert log.queued == 0
+
+
+def test_timeout_ends_the_waiting_for_more(group: int, logged: Callable[..., UdpFlow]) -> None:
+    flow = logged()
+    with nflogr.open(group, qthresh=1000, timeout=0.05) as log:
+        flood(flow, 3)
+        start = time.monotonic()
+        assert log.queue() == 3
+        assert time.monotonic() - start < TIMEOUT
+
+
+def test_messages_outlive_their_read(log: Nflog, logged: Callable[..., UdpFlow]) -> None:
+    flow = logged()
+    kept = []
+    payloads = [b"%d" % number for number in range(300)]
+    for payload in payloads:
+        flow.send(payload)
+        kept.append(log.next())
+    assert [sent(data) for data in kept if data] == payloads
+    log.close()
+    assert [sent(data) for data in kept if data] == payloads
+
+
+# Overruns
+
+
+@pytest.mark.parametrize("enobufs", [nflogr.ENOBUFS_RAISE, nflogr.ENOBUFS_HANDLE])
+def test_overrun(enobufs: int, group: int, logged: Callable[..., UdpFlow]) -> None:
+    flow = logged()
+    with nflogr.open(group, rcvbuf=4096, enobufs=enobufs) as log:
+        flood(flow, 100)
+        if enobufs == nflogr.ENOBUFS_RAISE:
+            with pytest.raises(nflogr.NflogDroppedError, match="ENOBUFS"):
+                log.queue()
+        received = [data.seq for data in iter(lambda: log.next(wait=False), None) if data]
+        # What was read before is not lost with it.
+        assert received == [*range(len(received))]
+        assert 0 < len(received) < 100
+        assert log.drops == 1
+        flow.send(b"last")
+        last = log.next()
+        assert last is not None
+        assert last.seq == 100
+        assert log.lost == 100 - len(received)
+        with pytest.raises(TypeError, match="0 only"):
+            log.drops = 5
+        log.drops = 0
+        assert log.drops == 0
+
+
+def test_disabled_overruns_are_told_by_lost_only(
+    group: int, logged: Callable[..., UdpFlow]
+) -> None:
+    flow = logged()
+    with nflogr.open(group, rcvbuf=4096, enobufs=nflogr.ENOBUFS_DISABLE) as log:
+        flood(flow, 100)
+        received = log.queue()
+        flow.send(b"last")
+        messages = list(itertools.islice(log, received + 1))
+        assert messages[-1].seq == 100
+        assert log.drops == 0
+        assert log.lost == 100 - received
+
+
+def test_nothing_is_known_of_losses_without_numbers(
+    group: int, logged: Callable[..., UdpFlow]
+) -> None:
+    flow = logged()
+    with nflogr.open(group, flags=0) as log:
+        flow.send(b"x")
+        data = log.next()
+        assert data is not None
+        assert (data.seq, log.lost) == (None, None)
+
+
+# Handing out
+
+
+def test_loop_counts(log: Nflog, logged: Callable[..., UdpFlow]) -> None:
+    flow = logged()
+    flood(flow, 5)
+    seen: list[NflogData] = []
+    assert log.loop(seen.append, 3) is None  # type: ignore[func-returns-value]
+    assert [data.seq for data in seen] == [0, 1, 2]
+    log.loop(seen.append, count=0)
+    assert len(seen) == 3
+    log.loop(seen.append, 2)
+    assert [data.seq for data in seen] == [0, 1, 2, 3, 4]
+
+
+def test_what_a_callback_raises_leaves_the_loop_and_nothing_is_lost(
+    group: int, logged: Callable[..., UdpFlow]
+) -> None:
+    flow = logged()
+    seen = []
+
+    def callback(data: NflogData) -> None:
+        seen.append(data.seq)
+        if data.seq == 2:
+            raise LookupError("mine")
+
+    with nflogr.open(group, qthresh=5, timeout=10) as log:
+        flood(flow, 5)
+        with pytest.raises(LookupError, match="mine"):
+            log.loop(callback)
+        assert select.select([log], [], [], 0)[0]
+        log.loop(callback, 2)
+    assert seen == [0, 1, 2, 3, 4]
+
+
+def test_event_loops_see_messages_that_were_read_but_not_handed_out(
+    group: int, logged: Callable[..., UdpFlow]
+) -> None:
+    flow = logged()
+    with nflogr.open(group, qthresh=4, timeout=10) as log:
+        flood(flow, 4)
+        for number in range(4):
+            assert select.select([log.fileno()], [], [], TIMEOUT)[0]
+            data = log.next(wait=False)
+            assert data is not None
+            assert data.seq == number
+        while select.select([log.fileno()], [], [], 0)[0]:
+            assert log.next(wait=False) is None
+
+
+def test_waiting_lets_other_threads_run(log: Nflog, logged: Callable[..., UdpFlow]) -> None:
+    flow = logged()
+    waiting = in_thread(log.next)
+    wait_until_blocked(log.fileno())
+    flow.send(b"hello")
+    assert sent(waiting.result(TIMEOUT)) == b"hello"
+
+
+def first(log: Nflog) -> NflogData | None:
+    return next(iter(log), None)
+
+
+WAITS: dict[str, Callable[[Nflog], Any]] = {
+    "queue": lambda log: log.queue(),
+    "next": lambda log: log.next(),
+    "loop": lambda log: log.loop(print),
+    "for": first,
+    "async for": lambda log: asyncio.run(first_of(log)),
+    "async for on trio": lambda log: trio.run(first_of, log),
+}
+
+
+async def first_of(log: Nflog) -> NflogData | None:
+    async for data in log:
+        return data
+    return None
+
+
+@pytest.mark.parametrize("wait", [*WAITS])
+def test_stop_ends_what_waits(wait: str, log: Nflog) -> None:
+    if not wait.startswith("async"):
+        waiting = in_thread(WAITS[wait], log)
+        wait_until_blocked(log.fileno())
+        log.stop()
+        assert not waiting.result(TIMEOUT)
+    # With nothing under way, the next one ends at once, and the one after it waits again.
+    log.stop()
+    assert not WAITS[wait](log)
+    with alarm(0.05, lambda *_: log.stop()):
+        assert not WAITS[wait](log)
+
+
+def test_stop_ends_every_loop(log: Nflog) -> None:
+    loops = [in_thread(log.loop, print), in_thread(first, log)]
+    wait_until_blocked(log.fileno(), threads=2)
+    log.stop()
+    for loop in loops:
+        loop.result(TIMEOUT)
+
+
+def test_stop_from_the_callback(log: Nflog, logged: Callable[..., UdpFlow]) -> None:
+    flood(logged(), 5)
+    seen = []
+
+    def callback(data: NflogData) -> None:
+        seen.append(data)
+        log.stop()
+
+    log.loop(callback)
+    assert len(seen) == 1
+    for data in log:
+        seen.append(data)
+        log.stop()
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("wait", ["queue", "next", "loop", "for"])
+def test_signal_handlers_run_while_waiting(wait: str, log: Nflog) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), alarm(0.05, interrupt):
+        WAITS[wait](log)
+
+
+@pytest.mark.parametrize("run", [asyncio.run, lambda main: trio.run(lambda: main)])
+def test_async_for(run: Callable[[Any], None], log: Nflog, logged: Callable[..., UdpFlow]) -> None:
+    flow = logged()
+    seen = []
+
+    async def main() -> None:
+        flow.send(b"0")
+        async for data in log:
+            seen.append(sent(data))
+            if len(seen) == 5:
+                log.stop()
+            else:
+                flow.send(b"%d" % len(seen))
+
+    run(main())
+    assert seen == [b"0", b"1", b"2", b"3", b"4"]
+
+
+def test_tasks_share_a_handle(group: int, logged: Callable[..., UdpFlow]) -> None:
+    flow = logged()
+    seen = []
+
+    async def task(log: Nflog) -> None:
+        async for data in log:
+            seen.append(data.seq)
+            if len(seen) == 20:
+                log.stop()
+            await asyncio.sleep(0)
+
+    async def main() -> None:
+        with nflogr.open(group, qthresh=10, timeout=10) as log:
+            tasks = [asyncio.ensure_future(task(log)) for _ in range(3)]
+            await asyncio.sleep(0.01)
+            flood(flow, 10)
+            await asyncio.sleep(0.01)
+            flood(flow, 10)
+            await asyncio.wait_for(asyncio.gather(*tasks), TIMEOUT)
+
+    asyncio.run(main())
+    assert {*seen} == {*range(20)}
+    assert len(seen) == 20
+
+
+def test_close_ends_async_for(log: Nflog) -> None:
+    async def main() -> None:
+        asyncio.get_running_loop().call_later(0.05, log.close)
+        assert await asyncio.wait_for(first_of(log), TIMEOUT) is None
+
+    asyncio.run(main())
+
+
+# Closing
+
+
+def test_closed_handle_hands_out_what_it_has_read(
+    group: int, logged: Callable[..., UdpFlow]
+) -> None:
+    log = nflogr.open(group, qthresh=5, timeout=10)
+    flood(logged(), 5)
+    assert log.queue() == 5
+    log.close()
+    log.close()
+    assert (log.getfd(), log.getgroup(), log.rcvbuf, log.queued) == (None, group, None, 5)
+    data = log.next()
+    assert data is not None
+    assert data.seq == 0
+    assert [data.seq for data in itertools.islice(log, 2)] == [1, 2]
+    seen: list[NflogData] = []
+    log.loop(seen.append)
+    assert [data.seq for data in seen] == [3, 4]
+    assert (log.queued, log.queue(), log.next(wait=False), [*log]) == (0, 0, None, [])
+    with pytest.raises(nflogr.NflogClosedError, match="closed"):
+        log.next()
+    with pytest.raises(ValueError, match="closed"):
+        log.fileno()
+    with pytest.raises(ValueError, match="closed"):
+        log.rcvbuf = 5000
+    assert issubclass(nflogr.NflogClosedError, nflogr.NflogError)
+
+
+def test_messages_that_wait_in_the_kernel_come_with_the_closing(
+    group: int, logged: Callable[..., UdpFlow]
+) -> None:
+    with nflogr.open(group, qthresh=100, timeout=100) as log:
+        flood(logged(), 3)
+        assert log.queue(wait=False) == 0
+    assert [data.seq for data in log] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("wait", ["queue", "loop", "for"])
+def test_close_from_another_thread_ends_waiting(wait: str, log: Nflog) -> None:
+    waiting = in_thread(WAITS[wait], log)
+    wait_until_blocked(log.fileno())
+    log.close()
+    assert not waiting.result(TIMEOUT)
+
+
+def test_close_from_another_thread_ends_next(log: Nflog) -> None:
+    waiting = in_thread(log.next)
+    wait_until_blocked(log.fileno())
+    log.close()
+    with pytest.raises(nflogr.NflogClosedError):
+        waiting.result(TIMEOUT)
+
+
+def test_dropped_handle_gives_the_group_up(group: int) -> None:
+    log = nflogr.open(group)
+    assert group in open_groups()
+    del log
+    assert group not in open_groups()
+
+
+def test_forked_child_leaves_the_group_to_its_parent(
+    group: int, logged: Callable[..., UdpFlow]
+) -> None:
+    flow = logged()
+    with nflogr.open(group) as log:
+        flood(flow, 2)
+        assert log.queue() == 2
+        pid = os.fork()
+        if not pid:
+            # What the parent has read is not the child's.
+            status = log.queued
+            log.close()
+            os._exit(status)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert group in open_groups()
+        flow.send(b"last")
+        assert [data.seq for data in itertools.islice(log, 3)] == [0, 1, 2]
+
+
+# Opening
+
+
+def test_group_that_is_taken(log: Nflog) -> None:
+    with pytest.raises(PermissionError, match="taken by port id") as caught:
+        nflogr.open(log.getgroup())
+    assert caught.value.errno == errno.EPERM
+
+
+WRONG = {
+    "group": (-1, 65536),
+    "timeout": (-0.01, 42949673, float("nan")),
+    "qthresh": (-1, 2**32),
+    "rcvbuf": (-1, 2**30),
+    "nlbuf": (-1, 100, 131073),
+    "enobufs": (-1, 3),
+    "copymode": (-1, 3),
+    "range": (-1, 2**32),
+    "flags": (-1, 8),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in WRONG.items() for v in values])
+def test_wrong_option_is_refused_before_anything_is_sent(name: str, value: Any, group: int) -> None:
+    arguments: dict[str, Any] = {"group": group, name: value}
+    with pytest.raises(ValueError, match=name):
+        nflogr.open(**arguments)
+    assert group not in open_groups()
+
+
+@pytest.mark.parametrize("name", sorted({*WRONG} - {"enobufs", "copymode"}))
+def test_option_of_a_wrong_type_is_refused(name: str, group: int) -> None:
+    arguments: dict[str, Any] = {"group": group, name: "text"}
+    with pytest.raises(TypeError, match=name):
+        nflogr.open(**arguments)
+
+
+def test_options_reach_the_kernel(group: int) -> None:
+    with nflogr.open(group, timeout=1.25, range=500, rcvbuf=50000) as log:
+        # Port id, messages waiting, copy mode, copy range, timeout.
+        assert open_groups()[group][1:5] == ["0", "2", "500", "125"]
+        assert log.rcvbuf == 50000
+        log.rcvbuf = 60000
+        assert log.rcvbuf == 60000
+        with pytest.raises(ValueError, match="rcvbuf"):
+            log.rcvbuf = 0
+        with pytest.raises(AttributeError):
+            log.queued = 1  # type: ignore[misc]
+
+
+def test_flag_that_the_kernel_lacks_is_named(group: int) -> None:
+    refused = None
+    try:
+        nflogr.open(group, flags=nflogr.FLAG_CONNTRACK).close()
+    except OSError as error:
+        refused = error
+    if refused is None:
+        pytest.skip("this kernel has it")
+    assert refused.errno == errno.EOPNOTSUPP
+    assert "FLAG_CONNTRACK" in str(refused)
+    assert group not in open_groups()
+
+
+def test_handles_cannot_be_made_otherwise() -> None:
+    with pytest.raises(TypeError, match="open"):
+        Nflog()
+    with contextlib.closing(Nflog.__new__(Nflog)) as log:
+        assert log.next(wait=False) is None
+
+
+# Programs
+
+READMES = {
+    "for": "for data in log:\n    print(dict(data)['payload'][28:], flush=True)",
+    "next": "while True:\n    data = log.next()\n    print(data.payload[28:], flush=True)",
+    "loop": "def callback(data):\n    print(data.payload[28:], flush=True)\nlog.loop(callback)",
+}
+
+
+@pytest.mark.parametrize("form", [*READMES])
+def test_program_of_nflogr(
+    form: str,
+    group: int,
+    logged: Callable[..., UdpFlow],
+    run_program: Callable[..., Program],
+) -> None:
+    source = (
+        f"import netfilterqueue.nflog as nflogr\nlog = nflogr.open({group})\n"
+        f"print('ready', flush=True)\n{READMES[form]}\n"
+    )
+    program = run_program(source)
+    program.wait_for("ready")
+    logged().send(b"hello")
+    program.wait_for("b'hello'")
+    program.interrupt()
+    assert program.wait() == -signal.SIGINT
+    wait_until(lambda: group not in open_groups())
+
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "print_log.py"
+
+
+def test_example(
+    group: int, logged: Callable[..., UdpFlow], run_program: Callable[..., Program]
+) -> None:
+    program = run_program(EXAMPLE.read_text(), "--group", str(group))
+    wait_until(lambda: group in open_groups(), 30)
+    logged().send(b"hello")
+    program.wait_for("logged: IPv4 from lo, 33 bytes")
+    program.interrupt()
+    assert program.wait() == 0
+    assert "0 lost" in program.output
