@@ -250,6 +250,8 @@ cdef class Channel:
     cdef Slab receive_until(self, double deadline):
         """receive(), but None after ``deadline``, on the clock of time.monotonic()."""
         cdef Slab slab
+        # The first wait is not for longer: see look_back().
+        cdef double most = LOOK_BACK / 1e6
         # All the time, or a wake-up between two of the calls would not be sent.
         self.readers += 1
         try:
@@ -261,7 +263,8 @@ cdef class Channel:
                 if remaining <= 0:
                     return None
                 # Rounded up, or the last wait would be followed by many that are too short.
-                self.await_readable(<int> min(remaining * 1000 + 1, MAX_MILLISECONDS))
+                self.await_readable(<int> min(min(remaining, most) * 1000 + 1, MAX_MILLISECONDS))
+                most = remaining
         finally:
             self.readers -= 1
 

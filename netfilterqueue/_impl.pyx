@@ -180,7 +180,8 @@ cdef class NetfilterQueue(Receiver):
         self.queue_num = binding.queue_num
         self.callback = binding.callback
         self.bound_by = getpid()
-        self.stopping = False
+        self.heard = self.stops
+        self.max_len = binding.max_len
         self.outbox = Outbox(channel.fd, binding.verdict_delay, channel)
         self.take_arrived()
         if self.first is not None or self.awaiting:
@@ -250,7 +251,8 @@ cdef class NetfilterQueue(Receiver):
 
     def run(self, block=True, *, timeout=None, count=None):
         """Call the callback for each packet: until stop() or unbind(), for ``timeout`` seconds, for
-        ``count`` packets, or, where ``block`` is false, until none is pending.
+        ``count`` packets, or, where ``block`` is false, until none is pending: then, at the latest,
+        after ``max_len`` packets and the rest of that read, as more cannot have been pending.
 
         Also returns when nothing is pending and somebody made the descriptor non-blocking. What
         the callback or a signal handler raises leaves run(): the packet concerned stays undecided
@@ -327,7 +329,7 @@ cdef class NetfilterQueue(Receiver):
                     packets.append(packet)
                     limits.wanted -= 1
         finally:
-            self.leave(outbox, &limits)
+            self.leave_with(packets, outbox, &limits)
         return packets
 
     def __iter__(self):
@@ -356,12 +358,12 @@ cdef class NetfilterQueue(Receiver):
     # Stopping
 
     def stop(self):
-        """End run() and run_socket() after the packet at hand; what was read with it comes with
-        the next run(). If none is under way, the next one returns at once.
+        """End the loops under way, of whatever kind, after the packet at hand; what was read with
+        it comes with the next. If none ends by it, as none is under way, the next one does.
 
         Can be called from any thread, from the callback and from signal handlers.
         """
-        self.stopping = True
+        self.stops += 1
         if self.channel is not None and (self.channel.readers > 0 or self.awaiting):
             self.channel.wake()
 
@@ -424,7 +426,7 @@ cdef class Pulling:
     @property
     def ended(self):
         """No packet will come any more: stop() or unbind() was called."""
-        return self.closed or self.queue.stopping or self.outbox.closed
+        return self.closed or self.queue.stopped(&self.limits) or self.outbox.closed
 
     def begin_waiting(self):
         """A descriptor to wait for, to be given to end_waiting(); -1 if no packet will come.
@@ -457,10 +459,11 @@ cdef class Pulling:
             packet = self.queue.pull()
         return packet
 
-    def close(self):
+    def close(self, list packets=None):
+        """``packets``: in the caller's hands, to be lost if this raises."""
         if not self.closed:
             self.closed = True
-            self.queue.leave(self.outbox, &self.limits)
+            self.queue.leave_with(packets, self.outbox, &self.limits)
 
     def __del__(self):
         self.close()

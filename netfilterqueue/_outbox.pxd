@@ -59,6 +59,7 @@ cdef class Outbox:
                   int *undecided, uint32_t *flight) except -1
     cdef int flush(self) except -1
     cdef int raise_late_error(self) except -1
+    cdef int postpone(self, int error) noexcept
     cdef bint failed(self, uint32_t flight) noexcept
     cdef int refused(self, uint32_t sequence, int error) noexcept
     cdef int close(self) except -1

@@ -119,6 +119,11 @@ cdef class Outbox:
             raise verdicts_not_sent(error)
         return 0
 
+    cdef int postpone(self, int error) noexcept:
+        """Have the next caller raise an error that comes at a wrong time."""
+        self.waiting.late_error = error
+        return 0
+
     cdef bint failed(self, uint32_t flight) noexcept:
         cdef Waiting *waiting = self.waiting
         cdef bint found = False

@@ -1,5 +1,5 @@
 """What a queue has read and not handed out yet."""
-from libc.stdint cimport uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from netfilterqueue._channel cimport Channel, Slab
 from netfilterqueue._outbox cimport Outbox
@@ -9,7 +9,9 @@ from netfilterqueue._packet cimport Batch, Packet, Tally
 cdef struct Limits:
     double deadline             # NEVER: wait for ever; AT_ONCE: do not wait
     Py_ssize_t wanted           # packets to hand out, at the most
-    bint emptied                # the latest read has emptied the socket, and that is enough
+    int64_t pending             # packets that were, when it was called, and are not read; at most
+    bint emptied                # nothing is left of them, and it does not wait for others
+    uint64_t stops              # of the queue's calls of stop(), those that are not for it
     unsigned long thread        # that began it
     bint handles_signals        # it waits on the thread that Python's signal handlers run on
 
@@ -26,7 +28,9 @@ cdef class Receiver:
     cdef Slab borrowed          # of run_socket(): for bytes that another's recv() returned
     cdef list runners           # threads of the calls that hand out packets, under way
     cdef list awaiting          # descriptors that coroutines wait for, duplicates of the channel's
-    cdef bint stopping
+    cdef uint64_t stops         # calls of stop()
+    cdef uint64_t heard         # of them, those that a call has ended by
+    cdef uint32_t max_len       # the most packets that could wait since bind()
     cdef bint is_closed
     cdef Tally tally
     cdef uint64_t verdict_errors
@@ -35,12 +39,15 @@ cdef class Receiver:
     cdef int require_open(self) except -1
     cdef Outbox enter(self, Limits *limits)
     cdef int leave(self, Outbox outbox, const Limits *limits) except -1
+    cdef int leave_with(self, list packets, Outbox outbox, const Limits *limits) except -1
+    cdef bint stopped(self, const Limits *limits) noexcept
     cdef bint fill(self, Outbox outbox, Limits *limits, sock) except -1
     cdef Slab read_socket(self, const Limits *limits)
     cdef Slab read_through(self, sock)
     cdef bytes receive_from(self, sock)
     cdef Packet next_packet(self)
     cdef int drop_first(self) except -1
+    cdef bint have_several(self) noexcept
     cdef Packet pull(self)
     cdef int take(self, Slab slab, Outbox outbox) except -1
     cdef int append(self, Batch batch) except -1

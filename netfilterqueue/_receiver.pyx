@@ -57,6 +57,9 @@ cdef class Receiver:
             raise RuntimeError("no queue is bound: call bind() first")
         limits.handles_signals = (limits.deadline == NEVER
                                   and threading.current_thread() is threading.main_thread())
+        limits.pending = self.max_len
+        # A stop() that no call has ended by is for this one.
+        limits.stops = self.heard
         limits.thread = threading.get_ident()
         self.runners.append(limits.thread)
         return self.outbox
@@ -67,11 +70,10 @@ cdef class Receiver:
             self.runners.remove(limits.thread)
         if limits.handles_signals:
             self.channel.look_back(False)
-        if not self.runners:
-            self.stopping = False
-        elif self.stopping or outbox.closed:
+        if self.runners and (self.stopped(limits) or outbox.closed):
             # One message wakes one reader: pass it on to the next.
             self.channel.wake()
+        self.heard = self.stops
         if not outbox.closed:
             if self.first is not None:
                 # They are no longer in the socket, and event loops watch nothing else.
@@ -79,11 +81,24 @@ cdef class Receiver:
             outbox.flush()
         return 0
 
+    cdef int leave_with(self, list packets, Outbox outbox, const Limits *limits) except -1:
+        """leave(), but what would cost the caller these packets is raised by a later call."""
+        try:
+            return self.leave(outbox, limits)
+        except OSError as error:
+            if not packets:
+                raise
+            outbox.postpone(error.errno)
+            return 0
+
+    cdef bint stopped(self, const Limits *limits) noexcept:
+        return self.stops != limits.stops
+
     cdef bint fill(self, Outbox outbox, Limits *limits, sock) except -1:
         """Read, through ``sock`` if there is one, until there are packets to hand out. False: there
         will be none, and it is time to leave."""
         cdef Slab slab
-        while not (self.stopping or outbox.closed):
+        while not (self.stopped(limits) or outbox.closed):
             if self.first is not None:
                 return True
             outbox.raise_late_error()
@@ -98,8 +113,10 @@ cdef class Receiver:
                 slab = self.read_socket(limits)
             if slab is None:
                 return False
-            # Without waiting, a read that does not fill its slab is the last.
-            limits.emptied = limits.deadline == AT_ONCE and slab.filled < <int> slab.slots
+            # Without waiting, the last read is one that does not fill its slab; a flood fills all.
+            limits.pending -= slab.messages
+            limits.emptied = limits.deadline == AT_ONCE and (slab.filled < <int> slab.slots
+                                                             or limits.pending <= 0)
             self.take(slab, outbox)
         return False
 
@@ -217,10 +234,20 @@ cdef class Receiver:
         self.last = None
         return 0
 
+    cdef bint have_several(self) noexcept:
+        """Whether more than one packet waits to be handed out."""
+        return self.first is not None and (self.first.remaining > 1
+                                           or self.first.following is not None)
+
     cdef Packet pull(self):
         """The next of the packets that have been read, or None; its bytes are lent to it."""
-        cdef Packet packet = self.next_packet()
+        cdef Packet packet
         cdef Slab slab
+        if (self.awaiting or self.channel.reading > 0) and self.have_several():
+            # Whoever waits for the socket takes the others while this one is being looked at. Told
+            # first, as an error of this would lose a packet taken before.
+            self.channel.nudge()
+        packet = self.next_packet()
         if packet is None:
             return None
         if not self.pulled or self.pulled[-1] is not packet.slab:
@@ -233,7 +260,4 @@ cdef class Receiver:
             self.pulled.append(packet.slab)
             packet.slab.users += 1
         lend(packet)
-        if self.first is not None and (self.awaiting or self.channel.reading > 0):
-            # Whoever waits for the socket takes the others while this one is being looked at.
-            self.channel.nudge()
         return packet

@@ -269,6 +269,26 @@ class TestIteration:
         flow.send(b"new")
         assert data_of(queue.read()) == [b"new"]
 
+    def test_stop_that_ends_one_that_is_suspended_ends_one_other_loop_at_the_most(
+        self, queue: NetfilterQueue, flow: UdpFlow
+    ) -> None:
+        """It cannot be known whether its body will ever ask for more."""
+        flow.send(*numbered(4))
+        suspended = iter(queue)
+        seen = [next(suspended)]
+        queue.stop()
+        assert queue.read() == []
+        seen += queue.read(1)
+        assert list(suspended) == []
+        seen += queue.read(1)
+        suspended = iter(queue)
+        seen.append(next(suspended))
+        queue.stop()
+        assert list(suspended) == []
+        flow.send(b"4")
+        seen += queue.read()
+        assert data_of(seen) == numbered(5)
+
     def test_stop_in_the_body_ends_it_after_the_packet_at_hand(
         self, queue: NetfilterQueue, flow: UdpFlow
     ) -> None:

@@ -127,6 +127,23 @@ class TestWithoutBlocking:
         queue.bind(queue_num, Packet.accept)
         in_thread(queue.run, False).result(TIMEOUT)
 
+    def test_flood_ends_it_after_as_many_packets_as_can_have_been_pending(
+        self, queue: NetfilterQueue, queue_num: int, queued: Callable[..., UdpFlow]
+    ) -> None:
+        flow = queued()
+        seen = []
+
+        def replace(packet: Packet) -> None:
+            seen.append(udp_data(packet))
+            packet.accept()
+            flow.send(b"another")
+
+        queue.bind(queue_num, replace, max_len=64, batch=16)
+        flow.send(*numbered(60))
+        in_thread(queue.run, False).result(TIMEOUT)
+        assert seen == numbered(60) + [b"another"] * 4
+        assert readable(queue), "event loops come back for the others"
+
     def test_polling_takes_each_packet_as_it_comes(
         self, queue: NetfilterQueue, queue_num: int, queued: Callable[..., UdpFlow]
     ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import os
+import random
 import signal
 import socket
 import threading
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 HELPER = "nfqueue-verdict"
 SOON = 0.05  # seconds
 PROMPTLY = 1.0  # seconds; a signal that waits for the next packet waits for ever
+TRIES = 500
 
 PROGRAM = """
 import sys, time
@@ -258,6 +260,19 @@ class TestHandlers:
             udp.queue.run()
         sending.result(TIMEOUT)
         assert udp.flow.receive() == b"later"
+
+    @pytest.mark.parametrize("timeout", [None, 2 * PROMPTLY], ids=["without end", "for a while"])
+    def test_handler_of_a_signal_at_any_moment_is_called_soon(
+        self, queue: NetfilterQueue, queue_num: int, timeout: float | None
+    ) -> None:
+        """Between the last look for signals and the wait, too: some of these tries meet it."""
+        dice = random.Random(1)
+        queue.bind(queue_num, print, sock_len=RECEIVE_BUFFER)
+        for _ in range(TRIES):
+            start = time.monotonic()
+            with alarm(dice.uniform(1e-6, 4e-5), lambda *_: queue.stop()):
+                queue.run(timeout=timeout)
+            assert time.monotonic() - start < PROMPTLY
 
     @pytest.mark.parametrize("end", ["stop", "unbind", "close"])
     @pytest.mark.parametrize("loop", ["run", "run_socket"])

@@ -1,0 +1,325 @@
+"""What can go wrong while packets come and go: sending, verdicts refused later, a full buffer."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import TYPE_CHECKING
+
+import pytest
+
+from netfilterqueue import NetfilterQueue, Packet, Verdict
+from support import TIMEOUT, bound_queues, in_thread, run_until, wait_until, wait_until_queued
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from netfilterqueue.testing import Node
+    from support import Program, QueuedUdp, UdpFlow
+
+SOL_NETLINK = 270
+NETLINK_NO_ENOBUFS = 5
+
+
+class TestSendFails:
+    """Somebody closed the descriptor: a subprocess, where nothing else can get its number."""
+
+    PROGRAM = """
+    import asyncio, errno, os, sys, time
+    from pathlib import Path
+    from netfilterqueue import NetfilterQueue
+
+    def depth():
+        rows = Path("/proc/net/netfilter/nfnetlink_queue").read_text().splitlines()
+        return [int(row.split()[2]) for row in rows if row.split()[0] == sys.argv[1]][0]
+
+    packets = []
+    queue = NetfilterQueue()
+    queue.bind(int(sys.argv[1]), {callback}, sock_len=65536, verdict_delay={delay})
+    print("bound")
+    while depth() < {count}:
+        time.sleep(0.001)
+    {take}
+    os.close(queue.get_fd())
+
+    def attempt(call, *arguments):
+        try:
+            call(*arguments)
+        except OSError as error:
+            print(call.__name__, errno.errorcode[error.errno], error)
+
+    """
+
+    def program(
+        self,
+        run_program: Callable[..., Program],
+        queued: Callable[..., UdpFlow],
+        queue_num: int,
+        count: int,
+        delay: float,
+        end: str,
+        callback: str = "packets.append",
+        take: str = "queue.run(block=False)",
+    ) -> Program:
+        flow = queued()
+        source = self.PROGRAM.format(count=count, delay=delay, callback=callback, take=take) + end
+        program = run_program(source, str(queue_num))
+        program.wait_for("bound")
+        flow.send(*[b"hello"] * count)
+        return program
+
+    def test_the_call_that_sent_raises(
+        self, run_program: Callable[..., Program], queued: Callable[..., UdpFlow], queue_num: int
+    ) -> None:
+        program = self.program(
+            run_program,
+            queued,
+            queue_num,
+            count=1,
+            delay=0,
+            end="""
+    attempt(packets[0].accept)
+    assert packets[0].verdict is None
+    attempt(packets[0].drop)
+    assert packets[0].verdict is None
+    attempt(queue.close)
+    """,
+        )
+        lines = program.run().splitlines()[1:]
+        assert [line.split()[:2] for line in lines] == [
+            ["accept", "EBADF"],
+            ["drop", "EBADF"],
+            ["close", "EBADF"],
+        ]
+        assert "verdicts could not be sent: Bad file descriptor" in lines[0]
+        assert "The packets concerned are still undecided" in lines[0]
+
+    def test_the_next_call_raises_where_the_helper_sent(
+        self, run_program: Callable[..., Program], queued: Callable[..., UdpFlow], queue_num: int
+    ) -> None:
+        program = self.program(
+            run_program,
+            queued,
+            queue_num,
+            count=3,
+            delay=0.001,
+            end="""
+    packets[0].accept()
+    while packets[0].verdict is not None:
+        time.sleep(0.001)
+    attempt(packets[1].accept)
+    assert packets[1].verdict is None
+    attempt(queue.close)
+    """,
+        )
+        line, _ = program.run().splitlines()[1:]
+        assert line.startswith("accept EBADF [Errno 9] verdicts could not be sent")
+
+    def test_run_raises(
+        self, run_program: Callable[..., Program], queued: Callable[..., UdpFlow], queue_num: int
+    ) -> None:
+        program = self.program(
+            run_program,
+            queued,
+            queue_num,
+            count=1,
+            delay=0,
+            end="""
+    attempt(queue.run)
+    attempt(queue.close)
+    """,
+        )
+        line, _ = program.run().splitlines()[1:]
+        assert line.startswith("run EBADF [Errno 9] cannot read from the netlink socket")
+
+    @pytest.mark.parametrize("read", ["queue.read(1)", "loop.run_until_complete(queue.aread(1))"])
+    def test_read_returns_the_packets_it_took_and_a_later_call_raises(
+        self,
+        run_program: Callable[..., Program],
+        queued: Callable[..., UdpFlow],
+        queue_num: int,
+        read: str,
+    ) -> None:
+        program = self.program(
+            run_program,
+            queued,
+            queue_num,
+            count=3,
+            delay=60,
+            callback="None",
+            take="packets += queue.read(1); loop = asyncio.new_event_loop()",
+            end=f"""
+    packets[0].accept()
+    packets += {read}
+    assert packets[0].verdict is None
+    attempt(packets[1].accept)
+    print([packet.id for packet in packets])
+    loop.close()
+    attempt(queue.close)
+    """,
+        )
+        error, ids, _ = program.run().splitlines()[1:]
+        assert error.startswith("accept EBADF [Errno 9] verdicts could not be sent")
+        assert ids == "[1, 2]"
+
+
+def ignore(packet: Packet) -> None:
+    """A callback that decides nothing."""
+
+
+@pytest.fixture
+def doomed_interface(router: Node) -> Iterator[str]:
+    """An interface of the router on the way to 203.0.113.2, to be taken down."""
+    for command in (
+        "link add doomed type veth peer name other",
+        "address add 203.0.113.1/24 dev doomed",
+        "link set doomed up",
+        "link set other up",
+    ):
+        router.run(["ip", *command.split()])
+    yield "doomed"
+    router.run(["ip", "link", "delete", "doomed"])
+
+
+class TestRefusedLater:
+    """A verdict for a packet that has left the queue: the kernel's answer never ends the loop."""
+
+    @pytest.fixture
+    def lost_udp(
+        self,
+        queued_udp: Callable[..., QueuedUdp],
+        queue_num: int,
+        rules: Callable[..., object],
+        router: Node,
+        doomed_interface: str,
+    ) -> Callable[..., QueuedUdp]:
+        """Deliver packets that then leave the queue by themselves."""
+
+        def deliver(callback: Callable[[Packet], object], count: int) -> QueuedUdp:
+            udp = queued_udp(callback=callback)
+            rules("OUTPUT", "-o", doomed_interface, queue=queue_num)
+            with router.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+                for _ in range(count):
+                    sender.sendto(b"lost", ("203.0.113.2", 9))
+            run_until(udp.queue, lambda: len(udp.packets) == count)
+            router.run(["ip", "link", "set", doomed_interface, "down"])
+            wait_until_queued(queue_num, 0)
+            return udp
+
+        return deliver
+
+    def test_interface_went_down(self, lost_udp: Callable[..., QueuedUdp]) -> None:
+        udp = lost_udp(ignore, 3)
+        for packet in udp.packets:
+            packet.accept()
+        before = len(udp.packets)
+        udp.flow.send(b"1", b"2")
+        run_until(udp.queue, lambda: len(udp.packets) == before + 2)
+        for packet in udp.packets[before:]:
+            packet.accept()
+        assert udp.flow.receive_all(2) == [b"1", b"2"]
+        # The verdict was given, whatever became of the packet.
+        assert udp.packets[0].verdict == Verdict.ACCEPT
+
+    def test_blocked_loop_goes_on(self, lost_udp: Callable[..., QueuedUdp]) -> None:
+        udp = lost_udp(ignore, 2)
+        lost = list(udp.packets)
+        running = in_thread(udp.queue.run)
+        for packet in lost:
+            packet.drop()
+        udp.flow.send(b"after")
+        wait_until(lambda: len(udp.packets) > len(lost))
+        udp.packets[-1].accept()
+        assert udp.flow.receive() == b"after"
+        assert not running.done()
+        udp.queue.stop()
+        assert running.result(TIMEOUT) is None
+
+    def test_good_verdicts_of_the_same_send_apply(
+        self, lost_udp: Callable[..., QueuedUdp], queued_udp: Callable[..., QueuedUdp]
+    ) -> None:
+        udp = lost_udp(ignore, 1)
+        (lost,) = udp.packets
+        good = udp.deliver(b"1", b"2")
+        good[0].accept()
+        lost.accept()
+        good[1].accept()
+        assert udp.flow.receive_all(2) == [b"1", b"2"]
+        udp.queue.run(block=False)
+
+    def test_unrelated_table_deleted(
+        self, queued_udp: Callable[..., QueuedUdp], router: Node, queue_num: int
+    ) -> None:
+        udp = queued_udp()
+        packets = udp.deliver(b"1", b"2")
+        router.run(
+            ["nft", "add table ip t; add chain ip t c { type filter hook input priority 9; }"]
+        )
+        router.run(["nft", "delete table ip t"])
+        wait_until_queued(queue_num, 0)
+        for packet in packets:
+            packet.accept()
+        udp.queue.run(block=False)
+        udp.deliver_one(b"3").accept()
+        assert udp.flow.receive() == b"3"
+
+
+class TestOverrun:
+    @pytest.fixture(params=[1, 0], ids=["as bound", "with ENOBUFS"])
+    def overrun(
+        self,
+        request: pytest.FixtureRequest,
+        queued_udp: Callable[..., QueuedUdp],
+        queue: NetfilterQueue,
+        queue_num: int,
+    ) -> QueuedUdp:
+        """A queue that has lost packets to a receive buffer which is still full.
+
+        Somebody who has the socket too may want to hear of that, by an error from reading.
+        """
+        with socket.socket(fileno=os.dup(queue.fileno())) as same_socket:
+            same_socket.setsockopt(SOL_NETLINK, NETLINK_NO_ENOBUFS, request.param)
+        udp = queued_udp(callback=Packet.accept, max_len=100000)
+        udp.queue.unbind()
+
+        def keep(packet: Packet) -> None:
+            udp.packets.append(packet)
+            packet.accept()
+
+        udp.queue.bind(queue_num, keep, max_len=100000, sock_len=4096)
+        while bound_queues()[queue_num].dropped_socket < 3:
+            udp.flow.send(*[b"flood"] * 100)
+        return udp
+
+    def test_loop_goes_on(self, overrun: QueuedUdp) -> None:
+        overrun.queue.run(block=False)
+        assert len(overrun.packets) > 0
+        assert overrun.deliver_one(b"after").verdict == Verdict.ACCEPT
+        assert overrun.flow.arrived()[-1] == b"after"
+
+    def test_blocked_loop_goes_on(self, overrun: QueuedUdp) -> None:
+        running = in_thread(overrun.queue.run)
+        wait_until(overrun.flow.arrived)
+        overrun.flow.send(b"after")
+        wait_until(lambda: b"after" in overrun.flow.arrived())
+        assert not running.done()
+        overrun.queue.stop()
+        assert running.result(TIMEOUT) is None
+
+    def test_run_socket_goes_on(self, overrun: QueuedUdp) -> None:
+        with socket.socket(fileno=os.dup(overrun.queue.fileno())) as same_socket:
+            same_socket.setblocking(False)
+            overrun.queue.run_socket(same_socket)
+            overrun.flow.send(b"after")
+            overrun.queue.run_socket(same_socket)
+        assert overrun.flow.arrived()[-1] == b"after"
+
+    def test_queue_can_be_unbound(self, overrun: QueuedUdp, queue_num: int) -> None:
+        overrun.queue.unbind()
+        assert not bound_queues()
+
+    def test_queue_can_be_stopped_while_it_runs(self, overrun: QueuedUdp) -> None:
+        running = in_thread(overrun.queue.run)
+        wait_until(overrun.flow.arrived)
+        overrun.queue.stop()
+        assert running.result(TIMEOUT) is None
