@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from netfilterqueue import NetfilterQueue, Packet, Verdict
-from support import TIMEOUT, bound_queues, in_thread, run_until, wait_until, wait_until_queued
+from support import bound_queues, run_until, wait_until_queued
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from netfilterqueue.testing import Node
-    from support import Program, QueuedUdp, UdpFlow
+    from support import Program, QueuedUdp
 
 CAP_NET_ADMIN = 12
 CAPABILITY_VERSION_3 = 0x20080522
