@@ -98,6 +98,11 @@ class NetfilterQueue:
         sock_len: int = 2455552,
         *,
         callback: Callable[[Packet], Verdict | None] | None = None,
+        fail_open: bool = False,
+        gso: bool = False,
+        conntrack: bool = False,
+        uid_gid: bool = False,
+        secctx: bool = False,
         timestamps: bool = True,
         batch: int = 32,
         verdict_delay: float = 0.001,
@@ -111,5 +116,16 @@ class NetfilterQueue:
         self, block: bool = True, *, timeout: float | None = None, count: int | None = None
     ) -> None: ...
     def run_socket(self, sock: _SupportsRecv) -> None: ...
+    def set_flags(
+        self,
+        *,
+        fail_open: bool | None = None,
+        gso: bool | None = None,
+        conntrack: bool | None = None,
+        uid_gid: bool | None = None,
+        secctx: bool | None = None,
+    ) -> None: ...
+    def set_max_len(self, max_len: int) -> None: ...
+    def set_mode(self, mode: int, range: int) -> None: ...
     def stop(self) -> None: ...
     def unbind(self) -> None: ...

@@ -17,6 +17,13 @@ CAPABILITY = (
 )
 
 
+# What a flag takes that not every kernel of today has.
+FLAG_NEEDS = {
+    "conntrack": "the module nf_conntrack_netlink (modprobe nf_conntrack_netlink) of a kernel with "
+    "CONFIG_NETFILTER_NETLINK_GLUE_CT",
+    "secctx": "a kernel with CONFIG_NETWORK_SECMARK",
+}
+
 CAP_NET_ADMIN = 12  # <linux/capability.h>
 
 
@@ -114,6 +121,16 @@ def open_unanswered(group: int) -> OSError:
 
 def reason(error: int) -> str:
     return CAPABILITY if error == errno.EPERM else os.strerror(error)
+
+
+def flags_lacking(action: str, names: list[str]) -> OSError:
+    """The exception for a request with flags that this kernel lacks."""
+    needs = [f"{name}=True takes {FLAG_NEEDS.get(name, 'a later kernel')}" for name in names]
+    return OSError(
+        errno.EOPNOTSUPP,
+        f"Failed to {action}: this kernel lacks {' and '.join(names)}; {', and '.join(needs)}. "
+        "Nothing was changed",
+    )
 
 
 def unbind_refused(queue_num: int, error: int) -> OSError:

@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 COPY_MODES = ("COPY_NONE", "COPY_META", "COPY_PACKET")
 ENOBUFS_MODES = ("ENOBUFS_RAISE", "ENOBUFS_HANDLE", "ENOBUFS_DISABLE")
@@ -34,6 +34,7 @@ class Binding(NamedTuple):
     mode: int
     copy_range: int
     sock_len: int
+    flags: tuple[str, ...]  # names of those that are to be set
     timestamps: bool
     batch: int
     verdict_delay: float
@@ -94,6 +95,7 @@ def check_bind(
     copy_range: Any,
     sock_len: Any,
     callback: Any,
+    flags: Mapping[str, Any],
     timestamps: Any,
     batch: Any,
     verdict_delay: Any,
@@ -105,6 +107,7 @@ def check_bind(
         mode=copy_mode(mode),
         copy_range=integer("range", copy_range, 0, MAX_UINT32),
         sock_len=integer("sock_len", sock_len, 0, MAX_INT),
+        flags=tuple(name for name, on in flags.items() if on),
         timestamps=bool(timestamps),
         batch=integer("batch", batch, 1, MAX_BATCH),
         verdict_delay=seconds("verdict_delay", verdict_delay, MAX_VERDICT_DELAY),

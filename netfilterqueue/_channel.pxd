@@ -15,7 +15,7 @@ cdef extern from *:
     #endif
     """
     enum:
-        # Bytes of the largest slot; the default holds the largest packet with its attributes.
+        # Bytes of a queue's slot; the default holds the largest packet with its attributes.
         BUFFER_SIZE "NETFILTERQUEUE_BUFFER_SIZE"
         # In a debug build the objects alive are counted, see alive().
         DEBUG "NETFILTERQUEUE_DEBUG"

@@ -71,7 +71,7 @@ cdef class Slab:
             self.memory = <char *> malloc(slots * stride)
         if self.headers is NULL or self.vectors is NULL or (slot_size and self.memory is NULL):
             raise MemoryError(f"no memory for {slots} slots of {slot_size} bytes: "
-                              "bind with a smaller batch or range")
+                              "bind with a smaller batch")
         for slot in range(slots):
             self.vectors[slot].iov_base = self.memory + slot * stride if slot_size else NULL
             self.vectors[slot].iov_len = slot_size

@@ -1,19 +1,23 @@
 """``NetfilterQueue``: a queue bound, run and stopped."""
 cimport cython
 from cpython.object cimport PyTypeObject
-from libc.errno cimport ENODEV
-from libc.stdint cimport uint32_t
+from libc.errno cimport ENOBUFS, ENODEV, EOPNOTSUPP
+from libc.stdint cimport uint8_t, uint32_t
 from posix.types cimport pid_t
 
 from netfilterqueue._channel cimport BUFFER_SIZE as COMPILED_BUFFER_SIZE
 from netfilterqueue._channel cimport UNANSWERED, Channel, duplicate
 from netfilterqueue._nfqueue cimport (
-    ATTRIBUTE_ROOM, REQUEST_WORDS, encode_bind, encode_unbind, encode_verdict_up_to,
+    ATTRIBUTE_ROOM, REQUEST_WORDS, encode_bind, encode_flags, encode_max_len, encode_mode,
+    encode_unbind, encode_verdict_up_to,
 )
 from netfilterqueue._outbox cimport Outbox
 from netfilterqueue._packet cimport Packet
 from netfilterqueue._receiver cimport Limits, Receiver, limits_of, used_up
-from netfilterqueue._uapi cimport close, getpid, nlmsghdr
+from netfilterqueue._uapi cimport (
+    NFQA_CFG_F_CONNTRACK, NFQA_CFG_F_FAIL_OPEN, NFQA_CFG_F_GSO, NFQA_CFG_F_SECCTX,
+    NFQA_CFG_F_UID_GID, close, getpid, nlmsghdr,
+)
 
 import atexit
 import contextlib
@@ -24,17 +28,30 @@ import warnings
 import weakref
 
 from netfilterqueue import aio, constants
-from netfilterqueue._advice import bind_refused, bind_unanswered, unbind_refused
-from netfilterqueue._arguments import MAX_INT, check_bind, integer
+from netfilterqueue._advice import (
+    bind_refused, bind_unanswered, flags_lacking, refused, unbind_refused,
+)
+from netfilterqueue._arguments import MAX_INT, MAX_UINT32, check_bind, copy_mode, integer
 from netfilterqueue.constants import Verdict
 
 BUFFER_SIZE = COMPILED_BUFFER_SIZE
+
+# What a queue can be asked for besides, by the names of bind()'s arguments.
+FLAGS = {
+    "fail_open": NFQA_CFG_F_FAIL_OPEN,
+    "gso": NFQA_CFG_F_GSO,
+    "conntrack": NFQA_CFG_F_CONNTRACK,
+    "uid_gid": NFQA_CFG_F_UID_GID,
+    "secctx": NFQA_CFG_F_SECCTX,
+}
 
 # The verdicts that no callback can return.
 cdef uint32_t STOLEN = Verdict.STOLEN
 cdef uint32_t QUEUE = Verdict.QUEUE
 
 cdef uint32_t DROP = Verdict.DROP
+
+cdef uint8_t COPY_PACKET = constants.COPY_PACKET
 
 # The longest payload that a packet can have.
 cdef enum:
@@ -106,7 +123,8 @@ cdef class NetfilterQueue(Receiver):
     # Binding
 
     def bind(self, queue_num, user_callback=None, max_len=1024, mode=constants.COPY_PACKET,
-             range=65535, sock_len=2455552, *, callback=None, timestamps=True, batch=32,
+             range=65535, sock_len=2455552, *, callback=None, fail_open=False, gso=False,
+             conntrack=False, uid_gid=False, secctx=False, timestamps=True, batch=32,
              verdict_delay=0.001):
         """Bind the queue ``queue_num`` (0 to 65535) and configure it, in one request.
 
@@ -123,6 +141,8 @@ cdef class NetfilterQueue(Receiver):
             (NFQA_CFG_PARAMS).
         ``sock_len``
             Bytes of the socket's receive buffer; a RuntimeWarning says when there are fewer.
+        ``fail_open``, ``gso``, ``conntrack``, ``uid_gid``, ``secctx``
+            As set_flags() has them (NFQA_CFG_FLAGS).
         ``timestamps``
             Have the kernel stamp packets on the PREROUTING, INPUT and FORWARD hooks.
         ``batch``, ``verdict_delay``
@@ -130,11 +150,13 @@ cdef class NetfilterQueue(Receiver):
             wait for those of the other packets of its read. With 1, or 0, each is sent at once.
 
         Raises ValueError or TypeError for a wrong argument, RuntimeError if this object is bound
-        already, OSError if the number is taken and PermissionError without CAP_NET_ADMIN. After
-        an error the queue is not bound.
+        already, OSError if the number is taken or the kernel lacks a flag, and PermissionError
+        without CAP_NET_ADMIN. After an error the queue is not bound.
         """
+        flags = {"fail_open": fail_open, "gso": gso, "conntrack": conntrack, "uid_gid": uid_gid,
+                 "secctx": secctx}
         binding = check_bind(queue_num, user_callback, max_len, mode, range, sock_len, callback,
-                             timestamps, batch, verdict_delay)
+                             flags, timestamps, batch, verdict_delay)
         with self.transition:
             if self.outbox is not None:
                 raise RuntimeError("A queue is already bound; use unbind() first")
@@ -151,13 +173,11 @@ cdef class NetfilterQueue(Receiver):
     cdef object configure(self, Channel channel, binding):
         """Carry out what bind() was asked for; return the size of the receive buffer."""
         cdef uint32_t request[REQUEST_WORDS]
-        cdef uint32_t longest = min(binding.copy_range or LARGEST_RANGE, LARGEST_RANGE)
+        cdef uint32_t flags = bits_of(binding.flags)
         cdef int error
-        if binding.mode != constants.COPY_PACKET:
-            longest = 0
-        # What a small compile-time buffer cannot hold the kernel need not copy.
-        longest = min(longest, <uint32_t> (COMPILED_BUFFER_SIZE - ATTRIBUTE_ROOM))
-        channel.shape(binding.batch, ATTRIBUTE_ROOM + longest)
+        # However little is asked for now: pages that no datagram reaches take no memory, and the queue
+        # can be told to copy more while a thread waits with a slab in its hands.
+        channel.shape(binding.batch, COMPILED_BUFFER_SIZE)
         # What is left from an earlier binding would pass for packets of this one: in the socket,
         # and in the hands of threads that have yet to hear of its end.
         channel.await_readers()
@@ -166,8 +186,9 @@ cdef class NetfilterQueue(Receiver):
         granted = channel.size_receive_buffer(binding.sock_len)
         channel.stamp_packets(binding.timestamps)
         try:
-            error = channel.request(encode_bind(request, binding.queue_num, binding.mode, longest,
-                                                binding.max_len))
+            error = channel.request(encode_bind(
+                request, binding.queue_num, binding.mode,
+                bytes_to_copy(binding.mode, binding.copy_range), binding.max_len, flags))
         except BaseException:
             # Interrupted after the kernel has done it, perhaps.
             channel.transmit(encode_unbind(request, binding.queue_num))
@@ -175,6 +196,9 @@ cdef class NetfilterQueue(Receiver):
         if error == UNANSWERED:
             channel.transmit(encode_unbind(request, binding.queue_num))
             raise bind_unanswered(binding.queue_num)
+        if error == EOPNOTSUPP and flags:
+            raise flags_lacking(f"create queue {binding.queue_num}",
+                                self.which_lack(binding.queue_num, binding.flags))
         if error:
             raise bind_refused(binding.queue_num, error, channel.port_id(), elsewhere=self.adopted)
         self.queue_num = binding.queue_num
@@ -189,6 +213,97 @@ cdef class NetfilterQueue(Receiver):
             # word that an earlier binding has ended.
             channel.nudge()
         return granted
+
+    cdef list which_lack(self, uint32_t queue_num, names):
+        """Which of these flags it is that this kernel does not have. It looks at flags before all
+        else: so each is put into a request that fails in either case."""
+        cdef uint32_t request[REQUEST_WORDS]
+        cdef list lacking = []
+        # It may be: bind() can be asked for what another object has bound with the same socket.
+        cdef bint bound = not self.ask(encode_flags(request, queue_num, 0, 0))
+        for name in names:
+            if bound:
+                encode_bind(request, queue_num, COPY_PACKET, 0, 1, FLAGS[name])
+            else:
+                encode_flags(request, queue_num, FLAGS[name], FLAGS[name])
+            if self.ask(<nlmsghdr *> request) == EOPNOTSUPP:
+                lacking.append(name)
+        return lacking or list(names)
+
+    # Changes while it is bound
+
+    def set_mode(self, mode, range):
+        """Change what is copied of the packets that come from now on: COPY_NONE, COPY_META, or
+        COPY_PACKET with up to ``range`` bytes of payload, 0 for all (NFQA_CFG_PARAMS).
+
+        Like set_max_len() and set_flags(): ValueError or TypeError for a wrong argument, before
+        anything is sent; RuntimeError if the queue is not bound; OSError if the kernel refuses.
+        """
+        cdef uint32_t request[REQUEST_WORDS]
+        cdef uint8_t copied = copy_mode(mode)
+        cdef uint32_t length = bytes_to_copy(copied, integer("range", range, 0, MAX_UINT32))
+        with self.transition:
+            self.require_bound()
+            error = self.ask(encode_mode(request, self.queue_num, copied, length))
+            if error:
+                raise refused(f"set the copy mode of queue {self.queue_num}", error)
+
+    def set_max_len(self, max_len):
+        """Change how many packets may wait for a verdict, 1 or more (NFQA_CFG_QUEUE_MAXLEN). Those
+        that wait already stay. Raises as set_mode() does."""
+        cdef uint32_t request[REQUEST_WORDS]
+        cdef uint32_t length = integer("max_len", max_len, 1, MAX_UINT32)
+        with self.transition:
+            self.require_bound()
+            error = self.ask(encode_max_len(request, self.queue_num, length))
+            if error:
+                raise refused(f"set the maximum length of queue {self.queue_num}", error)
+
+    def set_flags(self, *, fail_open=None, gso=None, conntrack=None, uid_gid=None, secctx=None):
+        """Set flags of a bound queue (True), clear them (False), or leave them as they are (None):
+        all of them in one request (NFQA_CFG_FLAGS).
+
+        ``fail_open``
+            The kernel accepts what comes while the queue, or the receive buffer, is full.
+        ``gso``
+            Packets that the kernel has joined come as they are, of up to 64 KiB and with an
+            unfinished checksum, instead of being cut into segments first.
+        ``conntrack``
+            Packets come with their connection.
+        ``uid_gid``
+            Packets of local senders come with ``uid`` and ``gid``.
+        ``secctx``
+            Packets come with their security context.
+
+        Raises as set_mode() does; the OSError for a flag that the kernel lacks has errno EOPNOTSUPP
+        and names it, and then none of the flags was changed.
+        """
+        cdef uint32_t request[REQUEST_WORDS]
+        flags = {"fail_open": fail_open, "gso": gso, "conntrack": conntrack, "uid_gid": uid_gid,
+                 "secctx": secctx}
+        mask = [name for name, on in flags.items() if on is not None]
+        wanted = [name for name in mask if flags[name]]
+        with self.transition:
+            self.require_bound()
+            error = self.ask(encode_flags(request, self.queue_num, bits_of(mask), bits_of(wanted)))
+            action = f"set flags of queue {self.queue_num}"
+            if error == EOPNOTSUPP:
+                raise flags_lacking(action, self.which_lack(self.queue_num, wanted))
+            if error:
+                raise refused(action, error)
+
+    cdef int ask(self, nlmsghdr *message) except -1:
+        """Send a request while packets may come; the kernel's errno, ENOBUFS where its answer was
+        lost, 0 for success."""
+        cdef int error
+        try:
+            error = self.channel.request(message)
+        finally:
+            self.take_arrived()
+            if self.first is not None:
+                # They are no longer in the socket, and readers and event loops watch nothing else.
+                self.channel.nudge()
+        return ENOBUFS if error == UNANSWERED else error
 
     def unbind(self):
         """Send the verdicts that are pending and give the queue up; the kernel drops the packets
@@ -396,6 +511,18 @@ cdef class NetfilterQueue(Receiver):
         if self.channel is not None:
             self.channel.forget_threads()
         return 0
+
+
+cdef uint32_t bits_of(names) except? 0:
+    return sum(FLAGS[name] for name in names)
+
+
+cdef uint32_t bytes_to_copy(uint8_t mode, uint32_t copy_range) noexcept:
+    """The range to tell the kernel: what a slot cannot hold it need not copy."""
+    cdef uint32_t longest = min(LARGEST_RANGE, COMPILED_BUFFER_SIZE - ATTRIBUTE_ROOM)
+    if mode != COPY_PACKET:
+        return 0
+    return min(copy_range, longest) if copy_range else longest
 
 
 def drop_older(NetfilterQueue queue not None, Packet packet not None):

@@ -7,11 +7,10 @@ from libc.errno cimport EBUSY, ENOBUFS, ENODEV
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from posix.types cimport pid_t
 
-cimport netfilterqueue._uapi as uapi
-from netfilterqueue._channel cimport UNANSWERED, Channel, Slab
+from netfilterqueue._channel cimport BUFFER_SIZE, UNANSWERED, Channel, Slab
 from netfilterqueue._nfqueue cimport (
-    ATTRIBUTE_ROOM, MAX_PAYLOAD, REQUEST_WORDS, encode_bind, encode_family, encode_flags,
-    encode_max_len, encode_mode, encode_unbind,
+    MAX_PAYLOAD, REQUEST_WORDS, encode_bind, encode_family, encode_flags, encode_max_len,
+    encode_mode, encode_unbind,
 )
 from netfilterqueue._outbox cimport Outbox
 from netfilterqueue._packet cimport Packet
@@ -28,21 +27,14 @@ import weakref
 from netfilterqueue import constants
 from netfilterqueue._advice import bind_refused, bind_unanswered, refused, unbind_refused
 from netfilterqueue._arguments import MAX_UINT32, copy_mode, integer
+from netfilterqueue._impl import FLAGS
 from netfilterqueue.constants import Verdict
 
-NFQA_CFG_F_FAIL_OPEN = uapi.NFQA_CFG_F_FAIL_OPEN
-NFQA_CFG_F_CONNTRACK = uapi.NFQA_CFG_F_CONNTRACK
-NFQA_CFG_F_GSO = uapi.NFQA_CFG_F_GSO
-NFQA_CFG_F_UID_GID = uapi.NFQA_CFG_F_UID_GID
-NFQA_CFG_F_SECCTX = uapi.NFQA_CFG_F_SECCTX
-
-FLAG_NAMES = {
-    NFQA_CFG_F_FAIL_OPEN: "FAIL_OPEN",
-    NFQA_CFG_F_CONNTRACK: "CONNTRACK",
-    NFQA_CFG_F_GSO: "GSO",
-    NFQA_CFG_F_UID_GID: "UID_GID",
-    NFQA_CFG_F_SECCTX: "SECCTX",
-}
+NFQA_CFG_F_FAIL_OPEN = FLAGS["fail_open"]
+NFQA_CFG_F_CONNTRACK = FLAGS["conntrack"]
+NFQA_CFG_F_GSO = FLAGS["gso"]
+NFQA_CFG_F_UID_GID = FLAGS["uid_gid"]
+NFQA_CFG_F_SECCTX = FLAGS["secctx"]
 
 cdef uint32_t QUEUE = Verdict.QUEUE
 cdef uint32_t STOLEN = Verdict.STOLEN
@@ -76,7 +68,7 @@ def open():
     cdef Channel channel = Channel()
     # A packet comes alone, so its verdict has none to wait for.
     cdef Outbox outbox = Outbox(channel.fd, 0, channel)
-    channel.shape(SLOTS, ATTRIBUTE_ROOM + MAX_PAYLOAD)
+    channel.shape(SLOTS, BUFFER_SIZE)
     channel.stamp_packets(True)
     handle = NetfilterQueueHandle.__new__(NetfilterQueueHandle)
     handle.channel = channel
@@ -161,7 +153,7 @@ cdef class NetfilterQueueHandle(Receiver):
         self.queues[queue.number] = queue
         try:
             error = self.ask(encode_bind(request, queue.number, constants.COPY_PACKET, MAX_PAYLOAD,
-                                         MAX_LEN))
+                                         MAX_LEN, 0))
             if error == ENOBUFS:
                 raise bind_unanswered(queue.number)
             if error:
@@ -510,8 +502,8 @@ cdef uint32_t checked_verdict(verdict) except? 0xFFFFFFFF:
 
 def names_of(mask):
     """Flags by name; bits without one as a number."""
-    names = [name for flag, name in FLAG_NAMES.items() if mask & flag]
-    rest = mask & ~sum(FLAG_NAMES)
+    names = [name.upper() for name, flag in FLAGS.items() if mask & flag]
+    rest = mask & ~sum(FLAGS.values())
     return " and ".join(names + [f"{rest:#x}"] * (rest != 0)) or "0"
 
 

@@ -28,7 +28,7 @@ cdef enum:
     VERDICT_ROOM = 128
     # Words of 32 bits, more than any configuration message takes.
     REQUEST_WORDS = 32
-    # What a packet message holds besides the payload.
+    # What a packet message holds besides the payload, unless the kernel is asked for more.
     ATTRIBUTE_ROOM = 1024
     # The kernel never copies more: an attribute's length has 16 bits, its header 4 bytes.
     MAX_PAYLOAD = 65531
@@ -189,14 +189,24 @@ cdef inline nlmsghdr *begin_request(uint32_t *buffer, uint16_t queue_num) noexce
     return message
 
 
+cdef inline void put_flags(nlmsghdr *message, uint32_t mask, uint32_t flags) noexcept nogil:
+    mask = htonl(mask)
+    flags = htonl(flags)
+    put_attribute(message, NFQA_CFG_MASK, &mask, sizeof(mask))
+    put_attribute(message, NFQA_CFG_FLAGS, &flags, sizeof(flags))
+
+
 cdef inline nlmsghdr *encode_bind(uint32_t *buffer, uint16_t queue_num, uint8_t mode,
-                                  uint32_t copy_range, uint32_t max_len) noexcept nogil:
+                                  uint32_t copy_range, uint32_t max_len,
+                                  uint32_t flags) noexcept nogil:
     """Bind and configure in one message: with several there is a moment in which the queue is in
     COPY_NONE and drops what comes."""
     cdef nlmsghdr *message = begin_request(buffer, queue_num)
     nfq_nlmsg_cfg_put_cmd(message, 0, NFQNL_CFG_CMD_BIND)
     nfq_nlmsg_cfg_put_params(message, mode, <int> copy_range)
     nfq_nlmsg_cfg_put_qmaxlen(message, max_len)
+    if flags:
+        put_flags(message, flags, flags)
     return message
 
 
@@ -226,10 +236,7 @@ cdef inline nlmsghdr *encode_flags(uint32_t *buffer, uint16_t queue_num, uint32_
                                    uint32_t flags) noexcept nogil:
     """Set the flags (NFQA_CFG_F_…) that are in ``mask`` as they are in ``flags``."""
     cdef nlmsghdr *message = begin_request(buffer, queue_num)
-    mask = htonl(mask)
-    flags = htonl(flags)
-    put_attribute(message, NFQA_CFG_MASK, &mask, sizeof(mask))
-    put_attribute(message, NFQA_CFG_FLAGS, &flags, sizeof(flags))
+    put_flags(message, mask, flags)
     return message
 
 

@@ -37,6 +37,7 @@ cdef class Receiver:
     cdef uint64_t request_errors
 
     cdef int require_open(self) except -1
+    cdef int require_bound(self) except -1
     cdef Outbox enter(self, Limits *limits)
     cdef int leave(self, Outbox outbox, const Limits *limits) except -1
     cdef int leave_with(self, list packets, Outbox outbox, const Limits *limits) except -1

@@ -51,10 +51,14 @@ cdef class Receiver:
             raise ValueError("this queue is closed: make a new NetfilterQueue")
         return 0
 
-    cdef Outbox enter(self, Limits *limits):
+    cdef int require_bound(self) except -1:
         self.require_open()
         if self.outbox is None:
             raise RuntimeError("no queue is bound: call bind() first")
+        return 0
+
+    cdef Outbox enter(self, Limits *limits):
+        self.require_bound()
         limits.handles_signals = (limits.deadline == NEVER
                                   and threading.current_thread() is threading.main_thread())
         limits.pending = self.max_len

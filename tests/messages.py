@@ -19,6 +19,9 @@ NLMSG_NOOP, NLMSG_ERROR, NLMSG_DONE, NLMSG_OVERRUN = range(1, 5)
 NFNL_SUBSYS_QUEUE = 3
 PACKET, VERDICT, CONFIG, VERDICT_BATCH = (NFNL_SUBSYS_QUEUE << 8 | number for number in range(4))
 
+NFQA_CFG_CMD = 1
+NFQNL_CFG_CMD_UNBIND = 2
+
 NLM_F_REQUEST = 1
 NLA_F_NESTED = 1 << 15
 NLA_F_NET_BYTEORDER = 1 << 14
@@ -103,6 +106,14 @@ def simple_packets(*ids: int, queue_num: int = 0) -> list[bytes]:
         )
         for id in ids
     ]
+
+
+def unbind_request(queue_num: int) -> bytes:
+    """What a program sends to give a queue up, without asking for an answer."""
+    command = attribute(NFQA_CFG_CMD, struct.pack("!BBH", NFQNL_CFG_CMD_UNBIND, 0, 0))
+    body = FAMILY_HEADER.pack(socket.AF_UNSPEC, 0, queue_num) + command
+    length = MESSAGE_HEADER.size + len(body)
+    return MESSAGE_HEADER.pack(length, CONFIG, NLM_F_REQUEST, 0, 0) + body
 
 
 # Taken apart: verdict messages

@@ -305,6 +305,28 @@ class QueueUse:
             self.flow.send(b"1", b"2", b"3")
             asyncio.run(pull(queue))
 
+    def use_set_mode(self) -> None:
+        with self.bound() as queue:
+            self.flow.send(b"1", b"2", b"3")
+            queue.set_mode(COPY_META, 0)
+            suppressing(ValueError, queue.set_mode, 3, 0)
+            queue.run(block=False)
+
+    def use_set_max_len(self) -> None:
+        with self.bound() as queue:
+            self.flow.send(b"1", b"2", b"3")
+            queue.set_max_len(2)
+            suppressing(ValueError, queue.set_max_len, 0)
+
+    def use_set_flags(self) -> None:
+        with self.bound() as queue:
+            self.flow.send(b"1", b"2", b"3")
+            queue.set_flags(uid_gid=True, gso=False)
+            suppressing(OSError, queue.set_flags, conntrack=True, secctx=True)
+            queue.run(block=False)
+            queue.unbind()
+            suppressing(RuntimeError, queue.set_flags)
+
     def use_constants(self) -> None:
         assert NetfilterQueue.COPY_META == COPY_META
 
@@ -328,6 +350,9 @@ QUEUE_USES: dict[str, Callable[[QueueUse], object]] = {
     "read": QueueUse.use_read,
     "run": QueueUse.use_run,
     "run_socket": QueueUse.use_run_socket,
+    "set_flags": QueueUse.use_set_flags,
+    "set_max_len": QueueUse.use_set_max_len,
+    "set_mode": QueueUse.use_set_mode,
     "stop": QueueUse.use_stop,
     "unbind": QueueUse.use_unbind,
 }

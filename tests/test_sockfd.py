@@ -5,13 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from messages import CONFIG, FAMILY_HEADER, MESSAGE_HEADER, NLM_F_REQUEST, attribute
+from messages import unbind_request
 from netfilterqueue import NetfilterQueue, Packet
 from support import RECEIVE_BUFFER, bound_queues, run_until
 
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
 
 NETLINK_ROUTE = 0
 NETLINK_NETFILTER = 12
-NFQA_CFG_CMD = 1
-NFQNL_CFG_CMD_UNBIND = 2
 OPEN_IT_WITH = "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12)"
 
 
@@ -32,13 +29,6 @@ OPEN_IT_WITH = "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12)"
 def given(router: Node) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER) as opened:
         yield opened
-
-
-def unbind_request(queue_num: int) -> bytes:
-    command = attribute(NFQA_CFG_CMD, struct.pack("!BBH", NFQNL_CFG_CMD_UNBIND, 0, 0))
-    body = FAMILY_HEADER.pack(socket.AF_UNSPEC, 0, queue_num) + command
-    length = MESSAGE_HEADER.size + len(body)
-    return MESSAGE_HEADER.pack(length, CONFIG, NLM_F_REQUEST, 0, 0) + body
 
 
 def accept_one(queue: NetfilterQueue, queue_num: int, flow: UdpFlow) -> None:

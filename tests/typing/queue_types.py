@@ -64,8 +64,17 @@ def bind_arguments(queue: NetfilterQueue) -> None:
     queue.bind(1, accept, 100, COPY_PACKET, 65535, 1 << 20)
     queue.bind(queue_num=1, user_callback=accept, max_len=100, mode=COPY_META, range=20, sock_len=1)
     queue.bind(1, callback=accept, timestamps=False, batch=1, verdict_delay=0)
+    queue.bind(1, fail_open=True, gso=True, conntrack=True, uid_gid=True, secctx=True)
     queue.bind("1", accept)  # type: ignore[arg-type]
     queue.bind(1, accept, 100, COPY_PACKET, 65535, 1 << 20, accept)  # type: ignore[call-arg]
+
+
+def changes(queue: NetfilterQueue) -> None:
+    queue.set_mode(COPY_PACKET, 100)
+    queue.set_max_len(100)
+    queue.set_flags(fail_open=True, gso=False, conntrack=None)
+    queue.set_flags(uid_gid=True, secctx=True)
+    queue.set_flags(fail_closed=True)  # type: ignore[call-arg]
 
 
 def life_of_a_queue() -> None:
