@@ -16,6 +16,7 @@ PACKAGE = "netfilterqueue"
 MODULES = (
     "_channel",
     "_outbox",
+    "_checksums",
     "_packet",
     "_receiver",
     "_impl",

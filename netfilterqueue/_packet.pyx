@@ -8,6 +8,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from netfilterqueue._channel cimport DEBUG, Slab, alive_now
+from netfilterqueue._checksums cimport make_right, upper_protocol
 from netfilterqueue._netlink cimport next_message
 from netfilterqueue._nfqueue cimport Decision, MAX_PAYLOAD, decode_packet, is_packet
 from netfilterqueue._outbox cimport Outbox
@@ -226,20 +227,35 @@ cdef class Packet:
         set_payload() it keeps the new bytes. Raises RuntimeError as get_payload() does."""
         self.retained = self.get_payload()
 
-    def set_payload(self, payload):
+    def set_payload(self, payload, *, checksums=False):
         """Let the packet go on with these bytes, any bytes-like object of 1 to 65531 bytes that
         starts with the network header, once it is accepted (NFQA_PAYLOAD). None: with its own.
 
-        Lengths and checksums in the headers are up to the caller. Raises TypeError for what is
-        not bytes-like and ValueError for a wrong length.
+        With ``checksums=True``, the packet is IPv4 or IPv6, and a copy of the bytes goes on in
+        which the lengths of IP and UDP are those of what was given, and the checksums of IPv4, TCP,
+        UDP, ICMP and ICMPv6 are right. A UDP checksum of 0, "none", stays so in IPv4. True is
+        returned then; but False where nothing below the IP header could be made right: in a
+        fragment, whose checksum covers the others too, and for any other protocol. Without it,
+        lengths and checksums are up to the caller, and False is returned.
+
+        Raises TypeError for what is not bytes-like and ValueError for a wrong length, and where
+        checksums are wanted for what is no such packet or has headers that do not fit into it.
         """
         cdef bytes replacement = None
+        cdef bint right = False
         if payload is not None:
             replacement = payload if type(payload) is bytes else bytes(memoryview(payload))
             if not 1 <= len(replacement) <= MAX_PAYLOAD:
                 raise ValueError(f"a payload of {len(replacement)} bytes cannot be set: "
                                  f"it must have 1 to {MAX_PAYLOAD}; use drop() to discard a packet")
+            if checksums:
+                # The caller's bytes are the caller's.
+                replacement = PyBytes_FromStringAndSize(PyBytes_AS_STRING(replacement),
+                                                        PyBytes_GET_SIZE(replacement))
+                right = make_right(<uint8_t *> PyBytes_AS_STRING(replacement),
+                                   PyBytes_GET_SIZE(replacement), False)
         self.replacement = replacement
+        return right
 
     def __bool__(self):
         return True     # whatever its length: programs say `if packet` for `is not None`
@@ -315,8 +331,9 @@ cdef class Packet:
             payload = self.get_payload()
         except RuntimeError:
             return f"{len(self)} byte packet, contents unretained"
-        protocol = PROTOCOLS.get(upper_protocol(payload, PyBytes_GET_SIZE(payload)),
-                                 "Unknown protocol")
+        protocol = PROTOCOLS.get(
+            upper_protocol(<const uint8_t *> PyBytes_AS_STRING(payload), PyBytes_GET_SIZE(payload)),
+            "Unknown protocol")
         return f"{protocol} packet, {len(payload)} bytes"
 
     # Changes, and the verdict that carries them out
@@ -421,30 +438,6 @@ cdef int settle(Slab slab) except -1:
     slab.lent = NULL
     slab.places = 0
     return 0
-
-
-cdef int upper_protocol(const uint8_t *packet, Py_ssize_t length) noexcept nogil:
-    """The number of the protocol that an IPv4 or IPv6 packet carries, -1 where there is none."""
-    cdef Py_ssize_t offset = 40
-    cdef Py_ssize_t size
-    cdef int protocol
-    if length >= 10 and packet[0] >> 4 == 4:
-        return packet[9]
-    if length < 7 or packet[0] >> 4 != 6:
-        return -1
-    protocol = packet[6]
-    # Extension headers (RFC 8200 section 4; hop by hop, routing, fragment, authentication,
-    # destination, mobility, HIP, shim6) begin with the next one's number and their own length:
-    # in words of 8 bytes without the first, but for two.
-    while protocol in (0, 43, 44, 51, 60, 135, 139, 140) and offset + 2 <= length:
-        size = 8 * (packet[offset + 1] + 1)
-        if protocol == 44:
-            size = 8
-        elif protocol == 51:
-            size = 4 * (packet[offset + 1] + 2)
-        protocol = packet[offset]
-        offset += size
-    return protocol
 
 
 def packets_from(datagrams, *, int fd=-1, double verdict_delay=0.001):

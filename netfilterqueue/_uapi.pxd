@@ -150,6 +150,58 @@ cdef extern from "<pthread.h>" nogil:
                                const clock_time *deadline)
 
 
+cdef extern from "<netinet/in.h>" nogil:
+    enum:
+        IPPROTO_AH
+        IPPROTO_DSTOPTS
+        IPPROTO_FRAGMENT
+        IPPROTO_HOPOPTS
+        IPPROTO_ICMP
+        IPPROTO_ICMPV6
+        IPPROTO_MH
+        IPPROTO_ROUTING
+        IPPROTO_TCP
+        IPPROTO_UDP
+
+
+cdef extern from "<netinet/ip.h>" nogil:
+    struct iphdr:
+        uint16_t tot_len
+
+    enum:
+        IP_MF
+        IP_OFFMASK
+        IPOPT_END
+        IPOPT_LSRR
+        IPOPT_NOOP
+        IPOPT_SSRR
+
+
+cdef extern from "<netinet/ip6.h>" nogil:
+    struct ip6_hdr:
+        uint16_t ip6_plen
+
+    enum:
+        IP6OPT_JUMBO
+        IP6OPT_PAD1
+
+
+cdef extern from "<netinet/tcp.h>" nogil:
+    struct tcphdr:
+        pass
+
+
+cdef extern from "<netinet/udp.h>" nogil:
+    struct udphdr:
+        uint16_t len
+        uint16_t check
+
+
+cdef extern from "<netinet/ip_icmp.h>" nogil:
+    struct icmphdr:
+        uint16_t checksum
+
+
 cdef extern from "<linux/netlink.h>" nogil:
     struct sockaddr_nl:
         sa_family_t nl_family
@@ -321,3 +373,17 @@ cdef extern from "<libnetfilter_queue/libnetfilter_queue.h>" nogil:
     void nfq_nlmsg_cfg_put_cmd(nlmsghdr *message, uint16_t family, uint8_t command)
     void nfq_nlmsg_cfg_put_params(nlmsghdr *message, uint8_t mode, int range)
     void nfq_nlmsg_cfg_put_qmaxlen(nlmsghdr *message, uint32_t max_len)
+
+
+cdef extern from "<libnetfilter_queue/libnetfilter_queue_ipv4.h>" nogil:
+    void nfq_ip_set_checksum(iphdr *header)
+
+
+cdef extern from "<libnetfilter_queue/libnetfilter_queue_tcp.h>" nogil:
+    void nfq_tcp_compute_checksum_ipv4(tcphdr *header, iphdr *packet)
+    void nfq_tcp_compute_checksum_ipv6(tcphdr *header, ip6_hdr *packet)
+
+
+cdef extern from "<libnetfilter_queue/libnetfilter_queue_udp.h>" nogil:
+    void nfq_udp_compute_checksum_ipv4(udphdr *header, iphdr *packet)
+    void nfq_udp_compute_checksum_ipv6(udphdr *header, ip6_hdr *packet)

@@ -126,6 +126,8 @@ def use_set_payload(packet: Packet) -> None:
     for wrong in (b"", bytes(65532)):
         suppressing(ValueError, packet.set_payload, wrong)
     suppressing(TypeError, packet.set_payload, "text")
+    assert packet.set_payload(bytearray(bytes(packet)), checksums=True)
+    suppressing(ValueError, packet.set_payload, bytes(40), checksums=True)
     packet.set_payload(bytes(900))
     packet.drop()
     suppressing(RuntimeError, packet.drop)

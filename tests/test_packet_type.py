@@ -144,7 +144,7 @@ BLANK: dict[str, Callable[[Packet], object]] = {
     "get_payload_len": lambda packet: packet.get_payload_len() == 0,
     "get_mark": lambda packet: packet.get_mark() == 0,
     "set_mark": lambda packet: (packet.set_mark(1), packet.get_mark())[1] == 1,  # type: ignore[func-returns-value]
-    "set_payload": lambda packet: (packet.set_payload(b"1"), bytes(packet))[1] == b"1",  # type: ignore[func-returns-value]
+    "set_payload": lambda packet: (packet.set_payload(b"1"), bytes(packet))[1] == b"1",
     "retain": lambda packet: "no payload" in refused(packet.retain),
     "accept": lambda packet: "no queue" in refused(packet.accept),
     "drop": lambda packet: "no queue" in refused(packet.drop),

@@ -207,7 +207,7 @@ def check_filter(
     assert queue_num not in bound_queues()
 
 
-RECEIVED = {"Changing packets": b"HELLO"}
+RECEIVED = {"Changing packets": b"good morning", "Changing packets 2": b"HELLO"}
 PRINTED = {
     "Example": "UDP packet, 33 bytes",
     "Slow callbacks": "UDP packet, 33 bytes",

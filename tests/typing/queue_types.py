@@ -136,6 +136,8 @@ def packet_decisions(packet: Packet) -> None:
     packet.set_payload(memoryview(b"")[4:])
     packet.set_payload(packet)
     packet.set_payload(None)
+    assert_type(packet.set_payload(b"", checksums=True), bool)
+    packet.set_payload(b"", True)  # type: ignore[call-arg]
     packet.set_payload("text")  # type: ignore[arg-type]
     packet.accept()
     packet.drop()
