@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
     from support import UdpFlow
 
-# Steps, of all kinds of loop together, that the thread takes that does not run the loop.
-STEPS = int(os.environ.get("NETFILTERQUEUE_TEST_STEPS", "12000"))
+# Steps at random that each of the tests takes with all kinds of loop together.
+STEPS = int(os.environ.get("NETFILTERQUEUE_TEST_INTERLEAVINGS", "12000"))
+SEEDS = 2
 # Seconds for one kind of loop, on the busiest machine: what takes longer waits for ever.
 WATCHDOG = 60.0
 
@@ -101,6 +102,16 @@ class IterateOnAsyncio(Run):
 KINDS = [Run, RunForAWhile, RunSocket, Read, Iterate, IterateOnAsyncio]
 
 
+def bind(queue: NetfilterQueue, queue_num: int, kind: type[Run], batch: int = 32) -> None:
+    with contextlib.suppress(RuntimeError):  # it is bound
+        queue.bind(queue_num, kind.callback, batch=batch, sock_len=RECEIVE_BUFFER)
+
+
+def send(flow: UdpFlow) -> None:
+    with contextlib.suppress(OSError):  # EPERM: dropped, as the queue is not bound
+        flow.send(b"packet")
+
+
 class Interleaving:
     """Two threads at one queue. Only the second binds, so that it knows what must end a loop."""
 
@@ -133,11 +144,9 @@ class Interleaving:
             step = dice.choice(("bind", "bind", "stop", "unbind", "send"))
             before = self.returned
             if step == "bind":
-                with contextlib.suppress(RuntimeError):  # it is bound
-                    self.bind(dice.choice((1, 2, 32)))
+                bind(self.queue, self.queue_num, self.kind, dice.choice((1, 2, 32)))
             elif step == "send":
-                with contextlib.suppress(OSError):  # EPERM: dropped, as the queue is not bound
-                    flow.send(b"packet")
+                send(flow)
             else:
                 getattr(self.queue, step)()
                 # Often, but not always: more may come while the loop is on its way out.
@@ -148,11 +157,47 @@ class Interleaving:
         self.ended = True
         self.queue.unbind()
 
-    def bind(self, batch: int = 32) -> None:
-        self.queue.bind(self.queue_num, self.kind.callback, batch=batch, sock_len=RECEIVE_BUFFER)
+
+class Player:
+    """One of two threads that both do everything."""
+
+    def __init__(self, kind: type[Run], queue: NetfilterQueue, queue_num: int) -> None:
+        self.kind = kind
+        self.queue = queue
+        self.queue_num = queue_num
+        self.taken = 0  # steps
+        self.waits = False  # runs the loop, or has ended: nothing comes from it by itself
+        self.ended = False
+
+    def play(self, seed: int, steps: int, flow: UdpFlow) -> None:
+        dice = random.Random(seed)
+        try:
+            with contextlib.closing(self.kind(self.queue)) as loop:
+                for _ in range(steps):
+                    self.step(dice, loop, flow)
+                    self.taken += 1
+        finally:
+            self.waits = self.ended = True
+
+    def step(self, dice: random.Random, loop: Run, flow: UdpFlow) -> None:
+        step = dice.choice(("start", "start", "bind", "bind", "stop", "unbind", "send"))
+        if step == "start":
+            self.waits = True
+            try:
+                loop.start()
+            except RuntimeError as error:
+                if "call bind()" not in str(error):
+                    raise
+            self.waits = False
+        elif step == "bind":
+            bind(self.queue, self.queue_num, self.kind, dice.choice((1, 2, 32)))
+        elif step == "send":
+            send(flow)
+        else:
+            getattr(self.queue, step)()
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(SEEDS))
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_end_is_heard_and_nothing_hangs(
     queue: NetfilterQueue,
@@ -163,12 +208,47 @@ def test_each_end_is_heard_and_nothing_hangs(
 ) -> None:
     flow = queued()
     interleaving = Interleaving(kind, queue, queue_num)
-    steps = STEPS // (2 * len(KINDS))
+    steps = STEPS // (SEEDS * len(KINDS))
     running = in_thread(interleaving.run_again_and_again, seed)
     in_thread(interleaving.disturb, seed, steps, flow).result(WATCHDOG)
     running.result(TIMEOUT)
     assert interleaving.ran > steps // 20, "not all of the time without a queue"
-    # After all that the queue is as good as new.
+    assert_as_good_as_new(queue, queue_num, flow)
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_threads_that_both_do_everything_never_hang(
+    queue: NetfilterQueue,
+    queue_num: int,
+    queued: Callable[..., UdpFlow],
+    kind: type[Run],
+    seed: int,
+) -> None:
+    flow = queued()
+    players = [Player(kind, queue, queue_num) for _ in range(2)]
+    steps = STEPS // (SEEDS * len(KINDS) * len(players))
+    running = [
+        in_thread(player.play, len(players) * seed + place, steps, flow)
+        for place, player in enumerate(players)
+    ]
+    deadline = time.monotonic() + WATCHDOG
+    stopped: list[int] = []
+    while not all(player.ended for player in players):
+        taken = [player.taken for player in players]
+        if taken != stopped and all(player.waits for player in players):
+            # Nobody else would end this; and one stop must do.
+            queue.stop()
+            stopped = taken
+        assert time.monotonic() < deadline, "the watchdog"
+        time.sleep(0)
+    for future in running:
+        future.result(TIMEOUT)
+    queue.unbind()
+    assert_as_good_as_new(queue, queue_num, flow)
+
+
+def assert_as_good_as_new(queue: NetfilterQueue, queue_num: int, flow: UdpFlow) -> None:
     flow.arrived()
     with contextlib.suppress(OSError):  # of the last rejected datagram
         flow.send(b"lost")
