@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 SANDBOX = pytest.StashKey[Sandbox]()
 FORBIDDEN = pytest.StashKey[str]()
+FAILED = pytest.StashKey[bool]()
 
 queue_numbers = itertools.count(1)
 
@@ -102,6 +103,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    item.stash[FAILED] = call.excinfo is not None
+
+
 @pytest.fixture(autouse=True)
 def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test that leaves a queue bound, a rule in the router or, if counted, an object."""
@@ -109,11 +115,15 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     # pytest would keep the test's arguments, a queue among them, for longer.
     request.node.funcargs.clear()
-    if "router" in request.fixturenames and FORBIDDEN not in request.config.stash:
-        if bound_queues():
-            gc.collect()
-        assert not bound_queues(), "a queue was left bound"
-        assert not flush_rules(), "a rule was left"
+    in_router = "router" in request.fixturenames and FORBIDDEN not in request.config.stash
+    if in_router and bound_queues():
+        gc.collect()
+    rules_left = flush_rules() if in_router else []
+    if request.node.stash[FAILED]:
+        # What its traceback names lives as long as the report.
+        return
+    assert not (in_router and bound_queues()), "a queue was left bound"
+    assert not rules_left, "a rule was left"
     assert not {name: n for name, n in objects_alive().items() if n > before[name]}, "left alive"
 
 
