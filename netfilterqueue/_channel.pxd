@@ -109,4 +109,5 @@ cdef class Channel:
     cdef int receive_buffer(self) except -1
     cdef int report_overruns(self) except -1
     cdef int stamp_packets(self, bint on) except -1
+    cdef object interface_name(self, uint32_t index)
     cdef int close(self) except -1

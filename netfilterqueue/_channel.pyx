@@ -2,7 +2,7 @@
 others to know."""
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
-from libc.errno cimport EAGAIN, EINTR, ENOBUFS, errno
+from libc.errno cimport EAGAIN, EINTR, ENOBUFS, ENODEV, errno
 from libc.stdint cimport uint32_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
@@ -12,9 +12,9 @@ from netfilterqueue._uapi cimport close as close_descriptor
 from netfilterqueue._uapi cimport (
     AF_NETLINK, F_DUPFD_CLOEXEC, F_GETFL, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_WAITFORONE,
     NETLINK_CAP_ACK, NETLINK_NETFILTER, NETLINK_NO_ENOBUFS, NLMSG_ERROR, NLMSG_MIN_TYPE,
-    NLMSG_NOOP, NLM_F_ACK, NLM_F_REQUEST, O_NONBLOCK, POLLIN, SOCK_CLOEXEC, SOCK_RAW,
+    NLMSG_NOOP, NLM_F_ACK, NLM_F_REQUEST, O_NONBLOCK, POLLIN, SIOCGIFNAME, SOCK_CLOEXEC, SOCK_RAW,
     SOL_NETLINK, SOL_SOCKET, SO_DOMAIN, SO_PROTOCOL, SO_RCVBUF, SO_RCVBUFFORCE, SO_RCVTIMEO,
-    SO_TIMESTAMP, bind, connect, fcntl, getsockname, getsockopt, mmsghdr,
+    SO_TIMESTAMP, bind, connect, fcntl, getsockname, getsockopt, ifreq, ioctl, mmsghdr,
     mnl_nlmsg_put_header, nlmsgerr, nlmsghdr, poll, pollfd, recvmmsg, send, setsockopt,
     sockaddr, sockaddr_nl, socket, socklen_t, timeval,
 )
@@ -472,6 +472,22 @@ cdef class Channel:
         # The kernel stamps packets only while some socket on the host asks for it.
         set_option(self.fd, SOL_SOCKET, SO_TIMESTAMP, on)
         return 0
+
+    cdef object interface_name(self, uint32_t index):
+        """What the interface is called now in the socket's network namespace; None where there is
+        none, or no socket any more."""
+        cdef ifreq request
+        cdef int error
+        if self.fd < 0:
+            return None
+        request.ifr_ifindex = <int> index
+        if ioctl(self.fd, SIOCGIFNAME, &request) < 0:
+            error = errno
+            if error == ENODEV:
+                return None
+            raise os_error(error, f"cannot look up interface {index}")
+        request.ifr_name[sizeof(request.ifr_name) - 1] = 0
+        return os.fsdecode(<bytes> request.ifr_name)
 
     cdef int close(self) except -1:
         cdef int fd = self.fd

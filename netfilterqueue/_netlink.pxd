@@ -75,6 +75,14 @@ cdef inline const char *value_of(const nlattr *attribute) noexcept nogil:
     return <const char *> attribute + sizeof(nlattr)
 
 
+cdef inline Cursor nested_in(const nlattr *attribute) noexcept nogil:
+    """A cursor over the attributes that an attribute holds."""
+    cdef Cursor cursor
+    cursor.at = value_of(attribute)
+    cursor.left = length_of(attribute)
+    return cursor
+
+
 # Building messages. The caller has made sure that there is room.
 
 cdef inline void put_attribute(nlmsghdr *message, uint16_t kind, const void *value,

@@ -7,14 +7,15 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from netfilterqueue._netlink cimport (
-    Cursor, attributes_of, length_of, next_attribute, put_attribute, read_be16, read_be32,
-    read_be64, type_of, value_of,
+    Cursor, attributes_of, length_of, nested_in, next_attribute, put_attribute, read_be16,
+    read_be32, read_be64, type_of, value_of,
 )
 from netfilterqueue._uapi cimport (
-    AF_UNSPEC, NFNETLINK_V0, NFNL_SUBSYS_QUEUE, NFQA_CFG_FLAGS, NFQA_CFG_MASK, NFQA_GID,
-    NFQA_HWADDR, NFQA_IFINDEX_INDEV, NFQA_IFINDEX_OUTDEV, NFQA_IFINDEX_PHYSINDEV,
-    NFQA_IFINDEX_PHYSOUTDEV, NFQA_MARK, NFQA_PACKET_HDR, NFQA_PAYLOAD, NFQA_TIMESTAMP, NFQA_UID,
-    NFQA_VERDICT_HDR, NFQNL_CFG_CMD_BIND,
+    AF_UNSPEC, NFNETLINK_V0, NFNL_SUBSYS_QUEUE, NFQA_CAP_LEN, NFQA_CFG_FLAGS, NFQA_CFG_MASK,
+    NFQA_CGROUP_CLASSID, NFQA_CT, NFQA_CT_INFO, NFQA_GID, NFQA_HWADDR, NFQA_IFINDEX_INDEV,
+    NFQA_IFINDEX_OUTDEV, NFQA_IFINDEX_PHYSINDEV, NFQA_IFINDEX_PHYSOUTDEV, NFQA_L2HDR, NFQA_MARK,
+    NFQA_PACKET_HDR, NFQA_PAYLOAD, NFQA_PRIORITY, NFQA_SECCTX, NFQA_SKB_INFO, NFQA_TIMESTAMP,
+    NFQA_UID, NFQA_VERDICT_HDR, NFQA_VLAN, NFQA_VLAN_PROTO, NFQA_VLAN_TCI, NFQNL_CFG_CMD_BIND,
     NFQNL_CFG_CMD_UNBIND, NFQNL_MSG_CONFIG, NFQNL_MSG_PACKET, NFQNL_MSG_VERDICT,
     NFQNL_MSG_VERDICT_BATCH, NLM_F_ACK, NLM_F_REQUEST, htonl, htons, nfgenmsg,
     nfq_nlmsg_cfg_put_cmd, nfq_nlmsg_cfg_put_params, nfq_nlmsg_cfg_put_qmaxlen, nfq_nlmsg_put,
@@ -44,16 +45,31 @@ cdef struct PacketFields:
     uint16_t queue_num
     uint16_t hw_protocol
     uint8_t hook
+    uint8_t family               # AF_INET, AF_INET6, AF_BRIDGE…: whose hook it is
     uint8_t hw_length            # bytes of hw_address that count; 0: none
+    uint8_t known                # which of the optional fields are there, a sum of KNOWN_…
     uint8_t hw_address[8]
+    uint32_t priority            # 0 is the kernel's word for none, of this and the next
+    uint32_t cgroup_classid
+    uint32_t skb_info            # a sum of NFQA_SKB_…
+    uint32_t cap_len             # bytes of the whole packet; 0: no more than were copied
     uint64_t seconds             # since the epoch; 0 with microseconds 0: no time stamp
     uint64_t microseconds
-    uint32_t uid                 # of the local sender, where has_uid: 0 is root's
+    uint32_t uid                 # of the local sender, where known: 0 is root's
     uint32_t gid
-    bint has_uid
-    bint has_gid
-    const char *payload          # borrowed from the message; NULL: none
+    uint16_t vlan_proto          # of the outer tag, where known: 0 is a tag too
+    uint16_t vlan_tci
     uint32_t payload_length
+    const char *payload          # borrowed from the message; NULL: none
+    uint32_t lost                # bytes of it that did not fit into the reader's buffer
+    Cursor rare                  # borrowed: where the attributes are that is_rare() names
+
+
+cdef enum:
+    # PacketFields.known
+    KNOWN_UID = 1
+    KNOWN_GID = 2
+    KNOWN_VLAN = 4
 
 
 cdef inline bint is_packet(const nlmsghdr *message) noexcept nogil:
@@ -67,11 +83,11 @@ cdef inline bint decode_u32(const nlattr *attribute, uint32_t *field) noexcept n
     return True
 
 
-cdef inline bint decode_owner(const nlattr *attribute, uint32_t *number,
-                              bint *known) noexcept nogil:
-    if not decode_u32(attribute, number):
+cdef inline bint decode_optional(const nlattr *attribute, uint32_t *field, uint8_t which,
+                                 PacketFields *fields) noexcept nogil:
+    if not decode_u32(attribute, field):
         return False
-    known[0] = True
+    fields.known |= which
     return True
 
 
@@ -110,11 +126,82 @@ cdef inline bint decode_timestamp(const nlattr *attribute, PacketFields *fields)
     return True
 
 
+cdef inline bint decode_vlan(const nlattr *attribute, PacketFields *fields) noexcept nogil:
+    cdef Cursor cursor = nested_in(attribute)
+    cdef const nlattr *inner
+    cdef uint16_t proto = 0
+    cdef uint16_t tci = 0
+    cdef int found = 0
+    while True:
+        inner = next_attribute(&cursor)
+        if inner is NULL:
+            break
+        if type_of(inner) != NFQA_VLAN_PROTO and type_of(inner) != NFQA_VLAN_TCI:
+            continue
+        if length_of(inner) != sizeof(uint16_t):
+            return False
+        if type_of(inner) == NFQA_VLAN_PROTO:
+            proto = read_be16(value_of(inner))
+            found |= 1
+        else:
+            tci = read_be16(value_of(inner))
+            found |= 2
+    if cursor.left or found != 3:
+        return False
+    fields.vlan_proto = proto
+    fields.vlan_tci = tci
+    fields.known |= KNOWN_VLAN
+    return True
+
+
 cdef inline bint decode_payload(const nlattr *attribute, size_t length,
                                 PacketFields *fields) noexcept nogil:
     fields.payload = value_of(attribute)
     fields.payload_length = <uint32_t> length
+    fields.lost = <uint32_t> (length_of(attribute) - length)
     return True
+
+
+# Attributes that few queues ask for, and that have no fixed length: a packet remembers only where
+# they are, and they are looked up when somebody wants to know.
+
+cdef inline bint is_rare(uint16_t kind) noexcept nogil:
+    return kind == NFQA_CT or kind == NFQA_CT_INFO or kind == NFQA_SECCTX or kind == NFQA_L2HDR
+
+
+cdef inline bint is_sound(const nlattr *attribute) noexcept nogil:
+    """Whether a rare attribute has a length that its type can have, and what it nests is whole."""
+    cdef Cursor cursor
+    if type_of(attribute) == NFQA_CT_INFO:
+        return length_of(attribute) == sizeof(uint32_t)
+    if type_of(attribute) == NFQA_CT:
+        cursor = nested_in(attribute)
+        while next_attribute(&cursor) is not NULL:
+            pass
+        return not cursor.left
+    return length_of(attribute) > 0
+
+
+cdef inline bint note_rare(const nlattr *attribute, PacketFields *fields) noexcept nogil:
+    if not is_sound(attribute):
+        return False
+    if not fields.rare.left:
+        fields.rare.at = <const char *> attribute
+    fields.rare.left = <const char *> attribute + attribute.nla_len - fields.rare.at
+    return True
+
+
+cdef inline const nlattr *find_rare(const PacketFields *fields, uint16_t kind) noexcept nogil:
+    """The rare attribute of a type, or NULL; of one that is repeated, the last."""
+    cdef Cursor cursor = fields.rare
+    cdef const nlattr *found = NULL
+    cdef const nlattr *attribute
+    while True:
+        attribute = next_attribute(&cursor)
+        if attribute is NULL:
+            return found
+        if type_of(attribute) == kind and is_sound(attribute):
+            found = attribute
 
 
 cdef inline bint decode_attribute(const nlattr *attribute, PacketFields *fields,
@@ -143,11 +230,21 @@ cdef inline bint decode_attribute(const nlattr *attribute, PacketFields *fields,
         return decode_hw(attribute, fields)
     if kind == NFQA_TIMESTAMP:
         return decode_timestamp(attribute, fields)
+    if kind == NFQA_SKB_INFO:
+        return decode_u32(attribute, &fields.skb_info)
+    if kind == NFQA_PRIORITY:
+        return decode_u32(attribute, &fields.priority)
+    if kind == NFQA_CAP_LEN:
+        return decode_u32(attribute, &fields.cap_len)
+    if kind == NFQA_CGROUP_CLASSID:
+        return decode_u32(attribute, &fields.cgroup_classid)
     if kind == NFQA_UID:
-        return decode_owner(attribute, &fields.uid, &fields.has_uid)
+        return decode_optional(attribute, &fields.uid, KNOWN_UID, fields)
     if kind == NFQA_GID:
-        return decode_owner(attribute, &fields.gid, &fields.has_gid)
-    return False
+        return decode_optional(attribute, &fields.gid, KNOWN_GID, fields)
+    if kind == NFQA_VLAN:
+        return decode_vlan(attribute, fields)
+    return is_rare(kind) and note_rare(attribute, fields)
 
 
 cdef inline bint decode_packet(const nlmsghdr *message, size_t length, PacketFields *fields,
@@ -160,13 +257,14 @@ cdef inline bint decode_packet(const nlmsghdr *message, size_t length, PacketFie
     the reader's buffer still gives everything but the payload's end.
     """
     cdef Cursor cursor = attributes_of(message, length, sizeof(nfgenmsg))
+    cdef const nfgenmsg *family = <const nfgenmsg *> (<const char *> message + sizeof(nlmsghdr))
     cdef const nlattr *attribute
     cdef bint identified = False
     memset(fields, 0, sizeof(PacketFields))
     if length < sizeof(nlmsghdr) + sizeof(nfgenmsg):
         return False
-    fields.queue_num = read_be16(
-        &(<const nfgenmsg *> (<const char *> message + sizeof(nlmsghdr))).res_id)
+    fields.family = family.nfgen_family
+    fields.queue_num = read_be16(&family.res_id)
     while True:
         attribute = next_attribute(&cursor)
         if attribute is NULL:
@@ -180,6 +278,8 @@ cdef inline bint decode_packet(const nlmsghdr *message, size_t length, PacketFie
             cursor.left = 0
     if cursor.left:
         skipped[0] += 1
+    if fields.payload is NULL and length < message.nlmsg_len:
+        fields.lost = <uint32_t> (message.nlmsg_len - length)
     return identified
 
 

@@ -1,5 +1,5 @@
 """Packets, and the reads that they came with."""
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
 from netfilterqueue._channel cimport Slab
 from netfilterqueue._netlink cimport Cursor
@@ -38,11 +38,13 @@ cdef Batch new_batch(Slab slab, Outbox outbox, Batch used)
 
 cdef class Packet:
     cdef Batch batch            # None: made by nobody who may
-    cdef object owner           # the queue: it must live while a packet of its does
+    cdef object owner           # the queue: it must live while a packet of its does; or, for one
+    #                             made by hand, a dict with the names of its interfaces
     cdef Slab slab              # whose bytes fields.payload borrows; None once they may be reused
     cdef int place              # in slab.lent, counted from 1; 0: not there
     cdef PacketFields fields
     cdef bytes retained         # payload kept by retain()
+    cdef bytes rare             # what fields.rare names once the slab is given back, or None
     cdef bytes replacement      # payload given by set_payload()
     cdef uint32_t new_mark
     cdef bint has_new_mark
@@ -52,7 +54,11 @@ cdef class Packet:
 
     cdef int keep_payload(self) except -1
     cdef int end_borrowing(self) except -1
+    cdef int keep_rare(self) except -1
     cdef bytes any_payload(self)
+    cdef bytes rare_value(self, uint16_t kind)
+    cdef object interface_name(self, uint32_t index)
+    cdef bint is_truncated(self) noexcept
     cdef bint is_decided(self) noexcept
     cdef int decide(self, uint32_t verdict) except -1
     cdef int send_decision(self, const Decision *decision) except -1

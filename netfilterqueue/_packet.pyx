@@ -3,18 +3,27 @@ cimport cython
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES, PyBUF_WRITABLE
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.object cimport PyTypeObject
-from libc.stdint cimport uint8_t, uint32_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
-from netfilterqueue._channel cimport DEBUG, Slab, alive_now
+from netfilterqueue._channel cimport DEBUG, Channel, Slab, alive_now
 from netfilterqueue._checksums cimport make_right, upper_protocol
-from netfilterqueue._netlink cimport next_message
-from netfilterqueue._nfqueue cimport Decision, MAX_PAYLOAD, decode_packet, is_packet
+from netfilterqueue._netlink cimport length_of, next_message, value_of
+from netfilterqueue._nfqueue cimport (
+    Decision, KNOWN_GID, KNOWN_UID, KNOWN_VLAN, MAX_PAYLOAD, decode_packet, find_rare, is_packet,
+)
 from netfilterqueue._outbox cimport Outbox
-from netfilterqueue._uapi cimport NLMSG_MIN_TYPE, nlmsghdr
+from netfilterqueue._uapi cimport (
+    NFQA_CT, NFQA_CT_INFO, NFQA_L2HDR, NFQA_SECCTX, NFQA_SKB_CSUMNOTREADY,
+    NFQA_SKB_CSUM_NOTVERIFIED, NFQA_SKB_GSO, NLMSG_MIN_TYPE, nlattr, nlmsghdr,
+)
 
+import os
+
+from netfilterqueue import conntrack
 from netfilterqueue.constants import PROTOCOLS, Verdict
+from netfilterqueue.vlan import Vlan
 
 # The verdicts that a packet's methods give, as C integers.
 cdef uint32_t ACCEPT = Verdict.ACCEPT
@@ -179,15 +188,126 @@ cdef class Packet:
         return self.fields.physoutdev
 
     @property
+    def indev_name(self):
+        """The input interface's name as it is now, None where there is no such interface: looked up
+        in the network namespace of the queue, and thus only until the queue is closed."""
+        return self.interface_name(self.fields.indev)
+
+    @property
+    def outdev_name(self):
+        """The output interface's name, found as indev_name is."""
+        return self.interface_name(self.fields.outdev)
+
+    @property
+    def physindev_name(self):
+        """The name of a bridged packet's input port, found as indev_name is."""
+        return self.interface_name(self.fields.physindev)
+
+    @property
+    def physoutdev_name(self):
+        """The name of a bridged packet's output port, found as indev_name is."""
+        return self.interface_name(self.fields.physoutdev)
+
+    cdef object interface_name(self, uint32_t index):
+        cdef Channel channel
+        if not index or self.batch is None:
+            return None
+        channel = self.batch.outbox.descriptor_owner
+        if channel is not None:
+            return channel.interface_name(index)
+        return self.owner.get(index) if isinstance(self.owner, dict) else None
+
+    @property
     def uid(self):
         """The number of the user that owns the socket which sent it, None where the kernel does not
         say: it does only for local senders, and if it was asked to (NFQA_UID)."""
-        return self.fields.uid if self.fields.has_uid else None
+        return self.fields.uid if self.fields.known & KNOWN_UID else None
 
     @property
     def gid(self):
         """The number of that user's group, None where the kernel does not say (NFQA_GID)."""
-        return self.fields.gid if self.fields.has_gid else None
+        return self.fields.gid if self.fields.known & KNOWN_GID else None
+
+    @property
+    def secctx(self):
+        """The security context that a rule (SECMARK) has given it, None where there is none or the
+        kernel was not asked to say (NFQA_SECCTX)."""
+        cdef bytes context = self.rare_value(NFQA_SECCTX)
+        return None if context is None else os.fsdecode(context.rstrip(b"\0"))
+
+    @property
+    def conntrack(self):
+        """The connection that it belongs to, a ``netfilterqueue.conntrack.Conntrack``, decoded each
+        time. None where it is not tracked or the kernel was not asked to say (NFQA_CT)."""
+        cdef bytes content = self.rare_value(NFQA_CT)
+        if content is None:
+            return None
+        return conntrack.decode(content, self.rare_value(NFQA_CT_INFO))
+
+    @property
+    def vlan(self):
+        """The VLAN tag of a packet of the bridge family, a ``netfilterqueue.vlan.Vlan``; None where
+        there is none (NFQA_VLAN)."""
+        if not self.fields.known & KNOWN_VLAN:
+            return None
+        return Vlan(self.fields.vlan_proto, self.fields.vlan_tci)
+
+    @property
+    def l2_header(self):
+        """The link layer's header of a packet of the bridge family as bytes, None for others
+        (NFQA_L2HDR)."""
+        return self.rare_value(NFQA_L2HDR)
+
+    cdef bytes rare_value(self, uint16_t kind):
+        cdef const nlattr *attribute = find_rare(&self.fields, kind)
+        if attribute is NULL:
+            return None
+        return PyBytes_FromStringAndSize(value_of(attribute), length_of(attribute))
+
+    @property
+    def priority(self):
+        """The priority by which it queues at an interface, 0 by default (NFQA_PRIORITY)."""
+        return self.fields.priority
+
+    @property
+    def cgroup_classid(self):
+        """The class that a net_cls control group gives to the socket which sent it, 0 by default
+        (NFQA_CGROUP_CLASSID, since Linux 6.4)."""
+        return self.fields.cgroup_classid
+
+    @property
+    def original_len(self):
+        """The packet's length in bytes, also where fewer were copied; 0 where none were, in
+        COPY_META mode (NFQA_CAP_LEN)."""
+        return max(self.fields.cap_len,
+                   <uint64_t> self.fields.payload_length + self.fields.lost)
+
+    @property
+    def truncated(self):
+        """Whether only the payload's beginning was copied: the packet is longer than the queue's
+        range, or than the 65531 bytes that fit into a message."""
+        return self.is_truncated()
+
+    cdef bint is_truncated(self) noexcept:
+        return self.fields.lost or self.fields.cap_len > self.fields.payload_length
+
+    @property
+    def checksum_ready(self):
+        """False: the packet is local, and its transport checksum is left to the network card, or
+        to nobody; there is the pseudo-header's sum in its place (NFQA_SKB_INFO)."""
+        return not self.fields.skb_info & NFQA_SKB_CSUMNOTREADY
+
+    @property
+    def checksum_verified(self):
+        """False: the packet came in, and neither the network card nor the kernel has verified its
+        checksum so far (NFQA_SKB_INFO)."""
+        return not self.fields.skb_info & NFQA_SKB_CSUM_NOTVERIFIED
+
+    @property
+    def gso(self):
+        """True: it stands for several packets, into which it is cut when it is sent
+        (NFQA_SKB_INFO)."""
+        return bool(self.fields.skb_info & NFQA_SKB_GSO)
 
     def get_hw(self):
         """The source's hardware address as bytes, six on Ethernet; None where there is none, as on
@@ -318,11 +438,18 @@ cdef class Packet:
     cdef int end_borrowing(self) except -1:
         """The bytes in the slab may be used again from now on."""
         if self.slab is not None:
+            if self.fields.rare.left:
+                self.keep_rare()
             self.slab.users -= 1
             if self.place:
                 self.slab.lent[self.place - 1] = NULL
                 self.place = 0
             self.slab = None
+        return 0
+
+    cdef int keep_rare(self) except -1:
+        self.rare = PyBytes_FromStringAndSize(self.fields.rare.at, self.fields.rare.left)
+        self.fields.rare.at = PyBytes_AS_STRING(self.rare)
         return 0
 
     def __str__(self):
@@ -440,12 +567,12 @@ cdef int settle(Slab slab) except -1:
     return 0
 
 
-def packets_from(datagrams, *, int fd=-1, double verdict_delay=0.001):
+def packets_from(datagrams, *, int fd=-1, double verdict_delay=0.001, dict interfaces=None):
     """Decode datagrams, bytes-like objects, as if one read had brought them.
 
     Returns the list of their packets and a dict that counts what was skipped. Their verdicts go
     to the datagram socket ``fd``, with -1 nowhere: this is how the wire format is tested without
-    a kernel, and how netfilterqueue.testing makes packets.
+    a kernel, and how netfilterqueue.testing makes packets. ``interfaces``: names by index.
     """
     cdef list contents = [bytes(memoryview(datagram)) for datagram in datagrams]
     cdef Slab slab = Slab(len(contents) or 1, max(map(len, contents), default=0) or 1)
@@ -464,7 +591,7 @@ def packets_from(datagrams, *, int fd=-1, double verdict_delay=0.001):
     if batch.undecided > 1:
         outbox.start_helper()
     while True:
-        packet = batch.next(None, &tally)
+        packet = batch.next(interfaces, &tally)
         if packet is None:
             return packets, dict(tally)
         packet.keep_payload()

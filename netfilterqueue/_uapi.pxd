@@ -248,7 +248,31 @@ cdef extern from "<linux/netfilter/nfnetlink.h>" nogil:
         NFNL_SUBSYS_ULOG
 
 
+cdef extern from "<net/if.h>" nogil:
+    enum:
+        IFNAMSIZ
+
+    struct ifreq:
+        char ifr_name[IFNAMSIZ]
+        int ifr_ifindex
+
+
+cdef extern from "<sys/ioctl.h>" nogil:
+    enum:
+        SIOCGIFNAME
+    int ioctl(int fd, unsigned long request, ...)
+
+
 cdef extern from "<linux/netfilter/nfnetlink_queue.h>" nogil:
+    """
+    // Newer than the headers of some systems; a macro of the same value hides no enumerator.
+    #ifndef NFQA_PRIORITY
+    #define NFQA_PRIORITY 21
+    #endif
+    #ifndef NFQA_CGROUP_CLASSID
+    #define NFQA_CGROUP_CLASSID 22
+    #endif
+    """
     struct nfqnl_msg_packet_hdr:
         uint32_t packet_id
         uint16_t hw_protocol
@@ -292,8 +316,22 @@ cdef extern from "<linux/netfilter/nfnetlink_queue.h>" nogil:
         NFQA_IFINDEX_PHYSOUTDEV
         NFQA_HWADDR
         NFQA_PAYLOAD
+        NFQA_CT
+        NFQA_CT_INFO
+        NFQA_CAP_LEN
+        NFQA_SKB_INFO
         NFQA_UID
         NFQA_GID
+        NFQA_SECCTX
+        NFQA_VLAN
+        NFQA_L2HDR
+        NFQA_PRIORITY
+        NFQA_CGROUP_CLASSID
+        NFQA_VLAN_PROTO
+        NFQA_VLAN_TCI
+        NFQA_SKB_CSUMNOTREADY
+        NFQA_SKB_GSO
+        NFQA_SKB_CSUM_NOTVERIFIED
 
 
 cdef extern from "<linux/netfilter/nfnetlink_log.h>" nogil:

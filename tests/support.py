@@ -17,7 +17,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
+from netfilterqueue._packet import packets_from
+
 import netfilterqueue
+from messages import packet_message
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +35,23 @@ RECEIVE_BUFFER = 212992
 
 # The paths of a packet, as seen from the router, where the tests run; and a chain on each.
 CHAINS = {"loopback": "INPUT", "input": "INPUT", "forward": "FORWARD", "output": "OUTPUT"}
+
+
+# What `packets_from` counts.
+NOTHING_SKIPPED = {"foreign": 0, "malformed": 0, "skipped": 0}
+
+
+def skipping(**counts: int) -> dict[str, int]:
+    return {**NOTHING_SKIPPED, **counts}
+
+
+def decode_one(*attributes: bytes, **options: Any) -> Packet:
+    """The packet in a message of these attributes, none of which may be skipped."""
+    packets: list[Packet]
+    packets, tally = packets_from([packet_message(*attributes, **options)])
+    assert tally == NOTHING_SKIPPED
+    assert len(packets) == 1
+    return packets[0]
 
 
 def wait_until(

@@ -7,6 +7,7 @@ skipped and counted, and of what is repeated the last counts. Nothing is read ou
 from __future__ import annotations
 
 import itertools
+import os
 import struct
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 
@@ -38,26 +39,16 @@ from messages import (
     packet_message,
     simple_packets,
 )
+from netfilterqueue.vlan import Vlan
+from support import NOTHING_SKIPPED, decode_one, skipping
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from netfilterqueue import Packet
 
-NOTHING_SKIPPED = {"foreign": 0, "malformed": 0, "skipped": 0}
-
-
-def skipping(**counts: int) -> dict[str, int]:
-    return {**NOTHING_SKIPPED, **counts}
-
-
-def decode_one(*attributes: bytes, **options: Any) -> Packet:
-    """The packet in a message of these attributes, none of which may be skipped."""
-    packets: list[Packet]
-    packets, tally = packets_from([packet_message(*attributes, **options)])
-    assert tally == NOTHING_SKIPPED
-    assert len(packets) == 1
-    return packets[0]
+MARK_OF_CONNECTION = 8  # CTA_MARK of <linux/netfilter/nfnetlink_conntrack.h>
+NFQA_VLAN_PROTO, NFQA_VLAN_TCI = 1, 2
 
 
 def payload_of(packet: Packet) -> bytes | None:
@@ -68,7 +59,7 @@ def payload_of(packet: Packet) -> bytes | None:
 
 
 class Field(NamedTuple):
-    """An attribute of fixed length: two values of it, and what a packet makes of them."""
+    """An attribute: two values of it, and what a packet makes of them."""
 
     kind: NFQA
     values: tuple[bytes, bytes]
@@ -83,12 +74,19 @@ def number(kind: NFQA, name: str, absent: int | None = 0) -> Field:
     return Field(kind, values, lambda packet: getattr(packet, name), numbers, absent)
 
 
+def vlan_tag(proto: int, tci: int) -> bytes:
+    inner = [(NFQA_VLAN_PROTO, proto), (NFQA_VLAN_TCI, tci)]
+    return b"".join(attribute(kind, struct.pack("!H", value)) for kind, value in inner)
+
+
 FIELDS = {
     "mark": number(NFQA.MARK, "mark"),
     "indev": number(NFQA.IFINDEX_INDEV, "indev"),
     "outdev": number(NFQA.IFINDEX_OUTDEV, "outdev"),
     "physindev": number(NFQA.IFINDEX_PHYSINDEV, "physindev"),
     "physoutdev": number(NFQA.IFINDEX_PHYSOUTDEV, "physoutdev"),
+    "priority": number(NFQA.PRIORITY, "priority"),
+    "cgroup_classid": number(NFQA.CGROUP_CLASSID, "cgroup_classid"),
     "uid": number(NFQA.UID, "uid", None),
     "gid": number(NFQA.GID, "gid", None),
     "hw": Field(
@@ -105,8 +103,44 @@ FIELDS = {
         (1700000000.25, 1.75),
         0.0,
     ),
+    "skb_info": Field(
+        NFQA.SKB_INFO,
+        (struct.pack("!I", 0b011), struct.pack("!I", 0xFFFFFFF8 | 0b100)),
+        lambda packet: (packet.checksum_ready, packet.checksum_verified, packet.gso),
+        ((False, True, True), (True, False, False)),
+        (True, True, False),
+    ),
+    "vlan": Field(
+        NFQA.VLAN,
+        (vlan_tag(0x8100, 0xEFFF), vlan_tag(0x88A8, 0)),
+        lambda packet: packet.vlan,
+        (Vlan(0x8100, 0xEFFF), Vlan(0x88A8, 0)),
+        None,
+    ),
+    "secctx": Field(
+        NFQA.SECCTX,
+        (b"system_u:object_r:ssh_t:s0\0", b"\xff"),
+        lambda packet: packet.secctx,
+        ("system_u:object_r:ssh_t:s0", "\udcff"),
+        None,
+    ),
+    "l2_header": Field(
+        NFQA.L2HDR,
+        (b"\2\0\0\0\0\1\2\0\0\0\0\2\x08\0", b"\0"),
+        lambda packet: packet.l2_header,
+        (b"\2\0\0\0\0\1\2\0\0\0\0\2\x08\0", b"\0"),
+        None,
+    ),
+    "conntrack": Field(
+        NFQA.CT,
+        (attribute(MARK_OF_CONNECTION, b"\0\0\0\7"), b""),
+        lambda packet: packet.conntrack and packet.conntrack.mark,
+        (7, 0),
+        None,
+    ),
 }
 each_field = pytest.mark.parametrize("field", FIELDS.values(), ids=FIELDS)
+OF_ANY_LENGTH = {"vlan", "secctx", "l2_header", "conntrack"}
 HEADER = packet_header(0xFEDCBA98, 0x86DD, 4)
 HEADER_VALUE = HEADER[ATTRIBUTE_HEADER.size : -1]
 PAYLOAD = b"\x45 a payload of 31 bytes, unaligned"[:31]
@@ -127,6 +161,8 @@ def contents(packet: Packet) -> tuple[Any, ...]:
         packet.queue_num,
         *(field.read(packet) for field in FIELDS.values()),
         payload_of(packet),
+        packet.original_len,
+        packet.truncated,
     )
 
 
@@ -137,6 +173,8 @@ FULL_CONTENTS = (
     0x1234,
     *(field.meanings[0] for field in FIELDS.values()),
     PAYLOAD,
+    len(PAYLOAD),
+    False,
 )
 
 
@@ -147,7 +185,7 @@ def test_every_attribute_is_decoded_from_its_byte_order() -> None:
 def test_what_is_absent_has_no_value() -> None:
     packet = decode_one(packet_header(7, 0x0800, 1))
     absent = [field.absent for field in FIELDS.values()]
-    assert contents(packet) == (7, 0x0800, 1, 0, *absent, None)
+    assert contents(packet) == (7, 0x0800, 1, 0, *absent, None, 0, False)
     with pytest.raises(RuntimeError, match="Packet has no payload"):
         packet.get_payload()
 
@@ -176,8 +214,9 @@ def test_largest_time_stamp_is_a_number() -> None:
 # Attributes of a wrong length
 
 
-@each_field
-def test_attribute_of_a_wrong_length_is_as_good_as_absent(field: Field) -> None:
+@pytest.mark.parametrize("name", FIELDS.keys() - OF_ANY_LENGTH)
+def test_attribute_of_a_wrong_length_is_as_good_as_absent(name: str) -> None:
+    field = FIELDS[name]
     value = field.values[0]
     for wrong in [*(value[:n] for n in range(len(value))), value + b"\1", value + value]:
         broken = attribute(field.kind, wrong)
@@ -248,7 +287,7 @@ def test_of_a_repeated_payload_the_last_counts() -> None:
 @each_field
 def test_broken_repetition_leaves_the_good_value(field: Field) -> None:
     good = attribute(field.kind, field.values[0])
-    broken = attribute(field.kind, field.values[1][:-1])
+    broken = attribute(field.kind, b"" if field.kind != NFQA.CT else b"\1")
     for order in ([good, broken], [broken, good]):
         packets, tally = packets_from([packet_message(HEADER, *order)])
         assert [field.read(packet) for packet in packets] == [field.meanings[0]]
@@ -321,7 +360,7 @@ def test_attribute_shorter_than_its_own_header_ends_the_walk(position: int, leng
 def test_attribute_beyond_the_messages_end_is_not_read(name: str, excess: int) -> None:
     field = FIELDS[name]
     value = field.values[0]
-    claim = ATTRIBUTE_HEADER.size + len(value) + excess
+    claim = ATTRIBUTE_HEADER.size + aligned(len(value)) + excess
     broken = packet_message(HEADER, attribute(field.kind, value, length=claim))
     # What follows in memory is a message of its own.
     packets, tally = packets_from([broken + FULL_MESSAGE])
@@ -460,7 +499,7 @@ def test_foreign_message_is_counted_and_passed_over(kind: int) -> None:
 def reference_decode(datagram: bytes) -> tuple[list[tuple[Any, ...]], dict[str, int]]:
     packets = []
     tally = skipping()
-    for kind, body in messages_of(datagram):
+    for kind, body, claim in messages_of(datagram):
         if kind != PACKET:
             tally["foreign"] += kind > 15
             continue
@@ -472,16 +511,20 @@ def reference_decode(datagram: bytes) -> tuple[list[tuple[Any, ...]], dict[str, 
             continue
         queue_num = FAMILY_HEADER.unpack_from(body)[2]
         fields = [found.get(field.kind, field.absent) for field in FIELDS.values()]
-        packets.append((*found[NFQA.PACKET_HDR], queue_num, *fields, found.get(NFQA.PAYLOAD)))
+        payload, lost = found.get(NFQA.PAYLOAD, (None, claim - len(body) - MESSAGE_HEADER.size))
+        length = max(found.get(NFQA.CAP_LEN, 0), len(payload or b"") + lost)
+        truncated = length > len(payload or b"")
+        packets.append((*found[NFQA.PACKET_HDR], queue_num, *fields, payload, length, truncated))
     return packets, tally
 
 
-def messages_of(datagram: bytes) -> Iterator[tuple[int, bytes]]:
+def messages_of(datagram: bytes) -> Iterator[tuple[int, bytes, int]]:
+    """Their types, what is there of them, and the lengths that they claim to have."""
     while len(datagram) >= MESSAGE_HEADER.size:
         length, kind, *_ = MESSAGE_HEADER.unpack_from(datagram)
         if length < MESSAGE_HEADER.size:
             break
-        yield kind, datagram[MESSAGE_HEADER.size : length]
+        yield kind, datagram[MESSAGE_HEADER.size : length], length
         datagram = datagram[aligned(length) :]
 
 
@@ -492,7 +535,8 @@ def reference_attributes(rest: bytes, found: dict[int, Any]) -> int:
         length, kind = ATTRIBUTE_HEADER.unpack_from(rest)
         kind &= NLA_TYPE_MASK
         if length > len(rest) and kind == NFQA.PAYLOAD:
-            found[kind] = rest[ATTRIBUTE_HEADER.size :]
+            content = rest[ATTRIBUTE_HEADER.size :]
+            found[kind] = content, length - ATTRIBUTE_HEADER.size - len(content)
             return skipped
         if not ATTRIBUTE_HEADER.size <= length <= len(rest):
             break
@@ -511,24 +555,76 @@ NUMBERS = {
     *range(NFQA.IFINDEX_INDEV, NFQA.IFINDEX_PHYSOUTDEV + 1),
     NFQA.UID,
     NFQA.GID,
+    NFQA.CAP_LEN,
+    NFQA.PRIORITY,
+    NFQA.CGROUP_CLASSID,
 }
 
 
 def meaning_of(kind: int, value: bytes) -> Any:
-    if kind == NFQA.PAYLOAD:
-        return value
-    if kind == NFQA.PACKET_HDR and len(value) == 7:
-        return struct.unpack("!IHB", value)
+    meaning = MEANINGS.get(kind)
     if kind in NUMBERS and len(value) == 4:
         return int.from_bytes(value, "big")
-    if kind == NFQA.TIMESTAMP and len(value) == 16:
-        seconds, microseconds = struct.unpack("!QQ", value)
-        return pytest.approx(seconds + microseconds / 1e6, rel=1e-15)
-    if kind == NFQA.HWADDR and len(value) == 12:
-        length = int.from_bytes(value[:2], "big")
-        if length <= 8:
-            return value[4 : 4 + length] or None
-    return UNKNOWN
+    return UNKNOWN if meaning is None else meaning(value)
+
+
+def timestamp_of(value: bytes) -> Any:
+    if len(value) != 16:
+        return UNKNOWN
+    seconds, microseconds = struct.unpack("!QQ", value)
+    return pytest.approx(seconds + microseconds / 1e6, rel=1e-15)
+
+
+def hw_of(value: bytes) -> Any:
+    length = int.from_bytes(value[:2], "big")
+    return value[4 : 4 + length] or None if len(value) == 12 and length <= 8 else UNKNOWN
+
+
+def skb_info_of(value: bytes) -> Any:
+    if len(value) != 4:
+        return UNKNOWN
+    return not value[3] & 1, not value[3] & 4, bool(value[3] & 2)
+
+
+def connection_of(value: bytes) -> Any:
+    inner = nested_in(value)
+    if inner is None:
+        return UNKNOWN
+    mark = dict(inner).get(MARK_OF_CONNECTION, b"")
+    return int.from_bytes(mark, "big") if len(mark) == 4 else 0
+
+
+def vlan_of(value: bytes) -> Any:
+    known = [one for one in nested_in(value) or [] if one[0] in {NFQA_VLAN_PROTO, NFQA_VLAN_TCI}]
+    if len(dict(known)) < 2 or any(len(number) != 2 for _, number in known):
+        return UNKNOWN
+    return Vlan(*(int.from_bytes(number, "big") for _, number in sorted(dict(known).items())))
+
+
+MEANINGS: dict[int, Callable[[bytes], Any]] = {
+    NFQA.PACKET_HDR: lambda value: struct.unpack("!IHB", value) if len(value) == 7 else UNKNOWN,
+    NFQA.PAYLOAD: lambda value: (value, 0),
+    NFQA.TIMESTAMP: timestamp_of,
+    NFQA.HWADDR: hw_of,
+    NFQA.SKB_INFO: skb_info_of,
+    NFQA.L2HDR: lambda value: value or UNKNOWN,
+    NFQA.SECCTX: lambda value: os.fsdecode(value.rstrip(b"\0")) if value else UNKNOWN,
+    NFQA.CT: connection_of,
+    NFQA.CT_INFO: lambda value: value if len(value) == 4 else UNKNOWN,
+    NFQA.VLAN: vlan_of,
+}
+
+
+def nested_in(rest: bytes) -> list[tuple[int, bytes]] | None:
+    """The attributes in an attribute; None where they are broken."""
+    found = []
+    while rest:
+        length, kind = ATTRIBUTE_HEADER.unpack_from(rest.ljust(ATTRIBUTE_HEADER.size, b"\0"))
+        if not ATTRIBUTE_HEADER.size <= length <= len(rest):
+            return None
+        found.append((kind & NLA_TYPE_MASK, rest[ATTRIBUTE_HEADER.size : length]))
+        rest = rest[aligned(length) :]
+    return found
 
 
 KINDS = st.one_of(st.sampled_from(NFQA), st.integers(0, 0xFFFF))

@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 import socket
 
-from typing_extensions import assert_type
+from typing_extensions import Literal, assert_type
 
 import netfilterqueue
 from netfilterqueue import COPY_META, COPY_PACKET, PROTOCOLS, Hook, NetfilterQueue, Packet, Verdict
+from netfilterqueue.conntrack import Conntrack, ConntrackState, ConntrackStatus, ConntrackTuple
+from netfilterqueue.vlan import Vlan
 
 
 def accept(packet: Packet) -> None:
@@ -115,6 +117,21 @@ def packet_members(packet: Packet) -> None:
     assert_type(packet.queue_num, int)
     assert_type(packet.uid, "int | None")
     assert_type(packet.gid, "int | None")
+    assert_type(packet.indev_name, "str | None")
+    assert_type(packet.outdev_name, "str | None")
+    assert_type(packet.physindev_name, "str | None")
+    assert_type(packet.physoutdev_name, "str | None")
+    assert_type(packet.secctx, "str | None")
+    assert_type(packet.conntrack, "Conntrack | None")
+    assert_type(packet.vlan, "Vlan | None")
+    assert_type(packet.l2_header, "bytes | None")
+    assert_type(packet.priority, int)
+    assert_type(packet.cgroup_classid, int)
+    assert_type(packet.original_len, int)
+    assert_type(packet.truncated, bool)
+    assert_type(packet.checksum_ready, bool)
+    assert_type(packet.checksum_verified, bool)
+    assert_type(packet.gso, bool)
     assert_type(packet.verdict, "Verdict | None")
     assert_type(packet.get_payload(), bytes)
     assert_type(packet.get_payload_len(), int)
@@ -126,6 +143,19 @@ def packet_members(packet: Packet) -> None:
     with memoryview(packet) as view:
         assert_type(view[0], int)
     packet.id = 1  # type: ignore[misc]
+
+
+def connection(conntrack: Conntrack) -> None:
+    assert conntrack.state is ConntrackState.NEW
+    assert_type(conntrack.state, Literal[ConntrackState.NEW])
+    assert_type(conntrack.status, ConntrackStatus)
+    assert_type(conntrack.original, ConntrackTuple)
+    assert_type(conntrack.reply.source, "str | None")
+    assert_type(conntrack.reply.source_port, "int | None")
+    assert_type(conntrack.timeout, "int | None")
+    assert_type(conntrack.labels, "bytes | None")
+    assert_type(conntrack.mark, int)
+    assert_type(Vlan(0x8100, 5).tci, int)
 
 
 def packet_decisions(packet: Packet) -> None:

@@ -1,0 +1,67 @@
+"""Attributes that only some packets have."""
+
+from __future__ import annotations
+
+import itertools
+import struct
+
+import pytest
+from netfilterqueue._packet import packets_from
+
+from messages import NFQA, attribute, packet_header, packet_message
+from netfilterqueue.vlan import Vlan
+from support import decode_one, skipping
+
+HEADER = packet_header()
+PAYLOAD = attribute(NFQA.PAYLOAD, b"\x45 a payload")
+NFQA_VLAN_PROTO, NFQA_VLAN_TCI = 1, 2
+
+
+def vlan_tag(proto: int, tci: int) -> bytes:
+    inner = [(NFQA_VLAN_PROTO, proto), (NFQA_VLAN_TCI, tci)]
+    return b"".join(attribute(kind, struct.pack("!H", value)) for kind, value in inner)
+
+
+# Made by hand
+
+
+@pytest.mark.parametrize("kind", [NFQA.SECCTX, NFQA.L2HDR])
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 255, 4096, 65531])
+def test_attribute_of_any_length_is_all_there(kind: NFQA, length: int) -> None:
+    value = bytes(itertools.islice(itertools.cycle(range(1, 128)), length))
+    packet = decode_one(packet_header(), attribute(kind, value), PAYLOAD)
+    seen = packet.l2_header if kind is NFQA.L2HDR else packet.secctx
+    assert seen == (value if kind is NFQA.L2HDR else value.decode())
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        b"",
+        attribute(NFQA_VLAN_PROTO, b"\x81\0"),
+        attribute(NFQA_VLAN_TCI, b"\0\1"),
+        attribute(NFQA_VLAN_PROTO, b"\x81") + attribute(NFQA_VLAN_TCI, b"\0\1"),
+        attribute(NFQA_VLAN_PROTO, b"\x81\0") + attribute(NFQA_VLAN_TCI, b"\0\1\2"),
+        *(vlan_tag(0x8100, 1)[:n] for n in range(14)),
+        vlan_tag(0x8100, 1) + attribute(3, b"", length=3),
+        vlan_tag(0x8100, 1) + attribute(3, b"", length=5),
+    ],
+)
+def test_vlan_tag_that_is_not_whole_is_none(inner: bytes) -> None:
+    packets, tally = packets_from([packet_message(HEADER, attribute(NFQA.VLAN, inner))])
+    assert [packet.vlan for packet in packets] == [None]
+    assert tally == skipping(skipped=1)
+
+
+def test_vlan_tag_may_have_more_to_it_than_is_known() -> None:
+    unknown = attribute(3, b"new"), attribute(0, b"")
+    more = unknown[0] + vlan_tag(0x88A8, 0x0FFF) + unknown[1] + unknown[0]
+    assert decode_one(HEADER, attribute(NFQA.VLAN, more)).vlan == Vlan(0x88A8, 0x0FFF)
+
+
+@pytest.mark.parametrize("length", [n for n in range(12) if n != 4])
+def test_connections_state_of_a_wrong_length_is_none(length: int) -> None:
+    connection = attribute(NFQA.CT, b""), attribute(NFQA.CT_INFO, bytes(length))
+    packets, tally = packets_from([packet_message(HEADER, *connection)])
+    assert [packet.conntrack and packet.conntrack.state for packet in packets] == [None]
+    assert tally == skipping(skipped=1)
