@@ -175,8 +175,8 @@ cdef class NetfilterQueue(Receiver):
         cdef uint32_t request[REQUEST_WORDS]
         cdef uint32_t flags = bits_of(binding.flags)
         cdef int error
-        # However little is asked for now: pages that no datagram reaches take no memory, and the queue
-        # can be told to copy more while a thread waits with a slab in its hands.
+        # However little is asked for now: pages that no datagram reaches take no memory, and the
+        # queue can be told to copy more while a thread waits with a slab in its hands.
         channel.shape(binding.batch, COMPILED_BUFFER_SIZE)
         # What is left from an earlier binding would pass for packets of this one: in the socket,
         # and in the hands of threads that have yet to hear of its end.

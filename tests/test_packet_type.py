@@ -138,6 +138,8 @@ BLANK: dict[str, Callable[[Packet], object]] = {
         name: lambda packet, name=name: not getattr(packet, name)  # type: ignore[misc]
         for name in ATTRIBUTES
     },
+    "checksum_ready": lambda packet: packet.checksum_ready,
+    "checksum_verified": lambda packet: packet.checksum_verified,
     "get_hw": lambda packet: packet.get_hw() is None,
     "get_timestamp": lambda packet: packet.get_timestamp() == 0.0,
     "get_payload": lambda packet: "no payload" in refused(packet.get_payload),
