@@ -8,6 +8,9 @@ from netfilterqueue._uapi cimport pthread_cond_t, pthread_mutex_t, pthread_t
 cdef enum:
     # Sequence numbers of verdicts have this bit; those of requests do not.
     VERDICT_SEQUENCE = 0x80000000
+    # The others are the last ones of the number of the send, a flight's, which has 64: a busy queue
+    # has sent 2 ** 31 times within hours.
+    FLIGHT_BITS = 0x7FFFFFFF
 
 
 cdef inline bint is_verdict(uint32_t sequence) noexcept nogil:
@@ -27,9 +30,9 @@ cdef struct Waiting:
     size_t capacity
     char *spare                 # being sent, or idle
     size_t spare_capacity
-    uint32_t flight             # number of the send that `fill` will be
+    uint64_t flight             # number of the send that `fill` will be
     int late_error              # errno of a send by the helper, for the next caller
-    uint32_t *failed            # pairs: the first and the last number of flights that failed
+    uint64_t *failed            # pairs: the first and the last number of flights that failed
     size_t failures             # pairs in it
     pthread_t helper
     bint running                # there is a helper
@@ -56,10 +59,10 @@ cdef class Outbox:
     cdef int start_helper(self) except -1
     cdef bint make_room(self, const Decision *decision) except -1
     cdef bint add(self, uint16_t queue_num, uint32_t id, const Decision *decision,
-                  int *undecided, uint32_t *flight) except -1
+                  int *undecided, uint64_t *flight) except -1
     cdef int flush(self) except -1
     cdef int raise_late_error(self) except -1
     cdef int postpone(self, int error) noexcept
-    cdef bint failed(self, uint32_t flight) noexcept
+    cdef bint failed(self, uint64_t flight) noexcept
     cdef int refused(self, uint32_t sequence, int error) noexcept
     cdef int close(self) except -1

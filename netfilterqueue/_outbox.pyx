@@ -1,6 +1,6 @@
 """Verdicts that wait to be sent, and the helper thread that bounds how long they wait."""
 from libc.errno cimport EINTR, EPERM, errno
-from libc.stdint cimport int64_t, uint16_t, uint32_t
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 
 from netfilterqueue._channel cimport DEBUG, alive_now
@@ -24,6 +24,10 @@ cdef enum:
     PATIENCE = 32
 
 
+# The number of an outbox's first send; tests begin near where sequence numbers start over.
+first_flight = 0
+
+
 cdef class Outbox:
 
     def __cinit__(self, int fd, double delay, descriptor_owner=None):
@@ -35,6 +39,7 @@ cdef class Outbox:
         waiting.spare = <char *> malloc(FULL)
         waiting.capacity = waiting.spare_capacity = FULL
         waiting.period = <int64_t> (delay * 1e9 / 2)
+        waiting.flight = first_flight
         make_locks(waiting)
         self.waiting = waiting
         self.descriptor_owner = descriptor_owner
@@ -64,7 +69,7 @@ cdef class Outbox:
                 and self.flush())
 
     cdef bint add(self, uint16_t queue_num, uint32_t id, const Decision *decision, int *undecided,
-                  uint32_t *flight) except -1:
+                  uint64_t *flight) except -1:
         """Take a verdict in. True: the caller must call flush() as soon as it has noted that the
         packet is decided. Keeps the GIL, so that nobody decides the same packet meanwhile.
 
@@ -88,7 +93,7 @@ cdef class Outbox:
                 waiting.parked = False
                 pthread_cond_signal(&waiting.wakeup)
         waiting.length += encode_verdict(waiting.fill + waiting.length, queue_num, id, decision,
-                                         waiting.flight | <uint32_t> VERDICT_SEQUENCE)
+                                         sequence_of(waiting.flight))
         waiting.count += 1
         pthread_mutex_unlock(&waiting.lock)
         return now
@@ -124,7 +129,7 @@ cdef class Outbox:
         self.waiting.late_error = error
         return 0
 
-    cdef bint failed(self, uint32_t flight) noexcept:
+    cdef bint failed(self, uint64_t flight) noexcept:
         cdef Waiting *waiting = self.waiting
         cdef bint found = False
         cdef size_t pair
@@ -143,7 +148,7 @@ cdef class Outbox:
         if error == EPERM:
             # It looked no further than at the sender's rights, and refused the whole send.
             pthread_mutex_lock(&self.waiting.lock)
-            note_failure(self.waiting, sequence & ~<uint32_t> VERDICT_SEQUENCE)
+            note_failure(self.waiting, flight_of(sequence, self.waiting.flight))
             self.waiting.late_error = error
             pthread_mutex_unlock(&self.waiting.lock)
         return 0
@@ -208,7 +213,7 @@ cdef int send_over_wire(Waiting *waiting) noexcept nogil:
     """The same for who holds the lock `wire`."""
     cdef char *messages
     cdef size_t length
-    cdef uint32_t flight
+    cdef uint64_t flight
     cdef int error = 0
     pthread_mutex_lock(&waiting.lock)
     messages = waiting.fill
@@ -221,8 +226,7 @@ cdef int send_over_wire(Waiting *waiting) noexcept nogil:
     waiting.length = 0
     waiting.count = 0
     if length:
-        # Sequence numbers of verdicts have one bit less than a flight's number would.
-        waiting.flight = (flight + 1) & ~<uint32_t> VERDICT_SEQUENCE
+        waiting.flight = flight + 1
     pthread_mutex_unlock(&waiting.lock)
     while length and waiting.fd >= 0 and send(waiting.fd, messages, length, MSG_NOSIGNAL) < 0:
         error = errno
@@ -236,15 +240,24 @@ cdef int send_over_wire(Waiting *waiting) noexcept nogil:
     return error
 
 
-cdef void note_failure(Waiting *waiting, uint32_t flight) noexcept nogil:
-    cdef uint32_t *grown
+cdef inline uint32_t sequence_of(uint64_t flight) noexcept nogil:
+    return <uint32_t> (flight & FLIGHT_BITS) | <uint32_t> VERDICT_SEQUENCE
+
+
+cdef inline uint64_t flight_of(uint32_t sequence, uint64_t latest) noexcept nogil:
+    """The last flight, up to ``latest``, whose verdicts have this sequence number."""
+    return latest - ((latest - sequence) & FLIGHT_BITS)
+
+
+cdef void note_failure(Waiting *waiting, uint64_t flight) noexcept nogil:
+    cdef uint64_t *grown
     if waiting.failures and waiting.failed[2 * waiting.failures - 1] == flight:
         return
     # Failures come in runs, so that a pair of numbers stands for many of them.
     if waiting.failures and waiting.failed[2 * waiting.failures - 1] + 1 == flight:
         waiting.failed[2 * waiting.failures - 1] = flight
         return
-    grown = <uint32_t *> realloc(waiting.failed, (waiting.failures + 1) * 2 * sizeof(uint32_t))
+    grown = <uint64_t *> realloc(waiting.failed, (waiting.failures + 1) * 2 * sizeof(uint64_t))
     if grown is NULL:
         return
     waiting.failed = grown

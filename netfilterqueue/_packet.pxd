@@ -50,7 +50,7 @@ cdef class Packet:
     cdef bint has_new_mark
     cdef bint decided           # unless that flight failed, see is_decided()
     cdef uint32_t given         # the verdict, once decided
-    cdef uint32_t flight        # number of the send that carries it
+    cdef uint64_t flight        # number of the send that carries it
 
     cdef int keep_payload(self) except -1
     cdef int end_borrowing(self) except -1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import select
 import signal
@@ -32,6 +33,13 @@ TIMEOUT = 5.0  # seconds; generous, as only a failing test waits so long
 
 # Bytes; the kernel's default limit, so that every machine grants it and bind() does not warn.
 RECEIVE_BUFFER = 212992
+
+CAP_NET_ADMIN = 12
+CAPABILITY_VERSION_3 = 0x20080522
+# struct __user_cap_header_struct; two of struct __user_cap_data_struct, each effective, permitted,
+# inheritable: see capset(2).
+CAPABILITY_HEADER = struct.Struct("=Ii")
+CAPABILITY_DATA = struct.Struct("=6I")
 
 # The paths of a packet, as seen from the router, where the tests run; and a chain on each.
 CHAINS = {"loopback": "INPUT", "input": "INPUT", "forward": "FORWARD", "output": "OUTPUT"}
@@ -152,6 +160,23 @@ def alarm(after: float, handler: Callable[..., object]) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def without_net_admin() -> Iterator[None]:
+    """Take CAP_NET_ADMIN from the calling thread, whose capabilities are its own, for a while."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = CAPABILITY_HEADER.pack(CAPABILITY_VERSION_3, 0)
+    data = ctypes.create_string_buffer(CAPABILITY_DATA.size)
+    assert libc.capget(header, data) == 0
+    effective, *others = CAPABILITY_DATA.unpack(data.raw)
+    assert effective & 1 << CAP_NET_ADMIN
+    lesser = CAPABILITY_DATA.pack(effective & ~(1 << CAP_NET_ADMIN), *others)
+    assert libc.capset(header, lesser) == 0
+    try:
+        yield
+    finally:
+        assert libc.capset(header, data.raw) == 0
 
 
 def readable(queue: netfilterqueue.NetfilterQueue) -> bool:

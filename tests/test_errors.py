@@ -3,52 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import re
 import select
 import socket
-import struct
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from netfilterqueue import NetfilterQueue, Packet, Verdict
-from support import bound_queues, run_until, wait_until_queued
+from support import bound_queues, run_until, wait_until_queued, without_net_admin
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from support import Program, QueuedUdp
 
-CAP_NET_ADMIN = 12
-CAPABILITY_VERSION_3 = 0x20080522
-# struct __user_cap_header_struct; two of struct __user_cap_data_struct, each effective, permitted,
-# inheritable: see capset(2).
-CAPABILITY_HEADER = struct.Struct("=Ii")
-CAPABILITY_DATA = struct.Struct("=6I")
-
-
 TOO_LATE = "Parent queue has already been unbound"
 SECOND = "Verdict already given for this packet"
-
-
-@contextlib.contextmanager
-def without_net_admin() -> Iterator[None]:
-    """Take CAP_NET_ADMIN from the calling thread, whose capabilities are its own, for a while."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    header = CAPABILITY_HEADER.pack(CAPABILITY_VERSION_3, 0)
-    data = ctypes.create_string_buffer(CAPABILITY_DATA.size)
-    assert libc.capget(header, data) == 0
-    effective, *others = CAPABILITY_DATA.unpack(data.raw)
-    assert effective & 1 << CAP_NET_ADMIN
-    lesser = CAPABILITY_DATA.pack(effective & ~(1 << CAP_NET_ADMIN), *others)
-    assert libc.capset(header, lesser) == 0
-    try:
-        yield
-    finally:
-        assert libc.capset(header, data.raw) == 0
 
 
 def ignore(packet: Packet) -> None:

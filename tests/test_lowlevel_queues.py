@@ -26,8 +26,7 @@ from netfilterqueue.lowlevel import (
     NetfilterQueueHandle,
     NetfilterQueueQueueHandle,
 )
-from support import TIMEOUT, bound_queues, in_thread, wait_until_queued
-from test_errors import without_net_admin
+from support import TIMEOUT, bound_queues, in_thread, wait_until_queued, without_net_admin
 from test_fork import Child
 from test_lowlevel import USES_OF_HANDLE, USES_OF_QUEUE, accept, fail, ignore, is_readable
 

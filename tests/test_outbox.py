@@ -20,7 +20,15 @@ from netfilterqueue._packet import packets_from
 
 from messages import PACKET, Wire, message, simple_packets, verdicts_in
 from netfilterqueue import Verdict
-from support import TIMEOUT, in_thread, wait_until, wait_until_blocked
+from support import (
+    TIMEOUT,
+    in_thread,
+    numbered,
+    run_until,
+    wait_until,
+    wait_until_blocked,
+    without_net_admin,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -86,6 +94,13 @@ def hasty_threads() -> Iterator[None]:
     sys.setswitchinterval(1e-6)
     yield
     sys.setswitchinterval(before)
+
+
+@pytest.fixture(params=[2**31 - 6, 2**32 - 6], ids=["half of the numbers used", "all numbers used"])
+def many_sends_ago(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outboxes of this test have sent so often that the next few numbers are a limit of 32 bits:
+    of sequence numbers, those of verdicts are the upper half."""
+    monkeypatch.setattr("netfilterqueue._outbox.first_flight", request.param)
 
 
 # When
@@ -404,6 +419,15 @@ def test_error_of_the_helper_comes_with_the_next_verdict_once(wire: Wire) -> Non
 
 def test_many_sends_that_fail_are_all_told_apart(wire: Wire) -> None:
     """Those that failed are remembered as runs of numbers: every second send is the worst case."""
+    fail_every_second(wire)
+
+
+@pytest.mark.usefixtures("many_sends_ago")
+def test_sends_that_fail_are_told_apart_where_their_numbers_start_over(wire: Wire) -> None:
+    fail_every_second(wire)
+
+
+def fail_every_second(wire: Wire) -> None:
     packets = read(wire, *range(41), delay=0)
     for packet in packets:
         if packet.id % 2:
@@ -414,6 +438,20 @@ def test_many_sends_that_fail_are_all_told_apart(wire: Wire) -> None:
             packet.accept()
         wire.mend()
     assert verdicts(packets) == [Verdict.ACCEPT if n % 2 else None for n in range(41)]
+
+
+@pytest.mark.usefixtures("many_sends_ago")
+def test_verdicts_that_the_kernel_refuses_are_told_apart_where_their_numbers_start_over(
+    queued_udp: Callable[..., QueuedUdp],
+) -> None:
+    udp = queued_udp(verdict_delay=0)
+    packets = udp.deliver(*numbered(20))
+    for packet in packets:
+        with without_net_admin() if packet.id % 2 else contextlib.nullcontext():
+            packet.accept()
+    with pytest.raises(PermissionError):
+        run_until(udp.queue, lambda: False)
+    assert verdicts(packets) == [None if packet.id % 2 else Verdict.ACCEPT for packet in packets]
 
 
 def test_packet_is_asked_for_its_verdict_while_the_helper_fails(wire: Wire) -> None:
