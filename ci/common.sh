@@ -1,4 +1,4 @@
-# What ci/test, ci/sanitize and ci/demo share; they source it.
+# What ci/test, ci/sanitize, ci/vm and ci/demo share; they source it.
 # shellcheck shell=bash
 
 set -euo pipefail
@@ -121,6 +121,15 @@ install_library() {
             die "the build failed"
         fi
         echo "$key" >"$environment/built-from"
+    fi
+}
+
+# build_without_warnings VERSION PYTHON: the library as users get it, in an environment with all tools.
+build_without_warnings() {
+    make_environment "python-$1" "$2" dev
+    CFLAGS="-O3 -DNDEBUG -Wall -Wextra -Werror" install_library
+    if grep '^warning: netfilterqueue/' "$environment/build.log"; then
+        die "Cython warns"
     fi
 }
 

@@ -9,6 +9,9 @@ fails instead.
 With `--real-root` the sandbox has no user namespace: the process keeps the rights of the real root,
 and the tests marked `real_root` run too.
 
+The tests marked `stock_kernel` need what not every kernel has; they are deselected, and counted as
+such, without `--stock-kernel`. `ci/vm` runs them.
+
 After each test nothing may be left: no queue bound, no rule, and in a debug build no object alive.
 """
 
@@ -58,6 +61,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run as the real root, in a network namespace without a user namespace",
     )
     parser.addoption(
+        "--stock-kernel",
+        action="store_true",
+        help="run the tests that need a distribution's kernel, too (in ci/vm)",
+    )
+    parser.addoption(
         "--messages",
         type=int,
         default=100_000,
@@ -95,6 +103,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("real_root"):
                 item.add_marker(pytest.mark.skip(reason="needs --real-root"))
+    if not config.getoption("--stock-kernel"):
+        elsewhere = [item for item in items if item.get_closest_marker("stock_kernel")]
+        config.hook.pytest_deselected(items=elsewhere)
+        items[:] = [item for item in items if item not in elsewhere]
 
 
 def pytest_collection_finish() -> None:
@@ -188,6 +200,23 @@ def rules(router: Node) -> Iterator[Callable[..., Rule]]:
     yield rule
     for one in reversed(added):
         one.remove()
+
+
+@pytest.fixture
+def nft(router: Node) -> Iterator[Callable[..., None]]:
+    """Add a table of nftables to the router, its chains given as text; it goes after the test.
+
+    `nft("chain c { type filter hook input priority 0; udp dport 9 queue to 1; }", family="inet")`
+    """
+    tables: list[str] = []
+
+    def add(chains: str, *, family: str = "ip") -> None:
+        tables.append(f"{family} test{len(tables)}")
+        router.run(["nft", "-f", "-"], input=f"table {tables[-1]} {{\n{chains}\n}}\n")
+
+    yield add
+    for table in reversed(tables):
+        router.run(["nft", "delete", "table", *table.split()])
 
 
 @pytest.fixture

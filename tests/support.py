@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from netfilterqueue import NetfilterQueue, Packet
     from netfilterqueue.testing import Node, Sandbox
 
-TIMEOUT = 5.0  # seconds; generous, as only a failing test waits so long
+# How many times longer than usual a test may take: more than 1 where a processor is emulated.
+PATIENCE = float(os.environ.get("NETFILTERQUEUE_TEST_PATIENCE", "1"))
+
+TIMEOUT = 5.0 * PATIENCE  # seconds; generous, as only a failing test waits so long
 
 # Bytes; the kernel's default limit, so that every machine grants it and bind() does not warn.
 RECEIVE_BUFFER = 212992
