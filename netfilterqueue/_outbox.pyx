@@ -18,8 +18,10 @@ from netfilterqueue._uapi cimport (
 from netfilterqueue._advice import verdicts_not_sent
 
 cdef enum:
-    # A send of less than a page is allocated from the kernel's fast caches.
-    FULL = 3584
+    # Bytes of a send, if it has more than one verdict. The fewer sends the better, but the kernel
+    # has to find memory in one piece for each: up to 8 pages, its own bookkeeping included, it does
+    # so without an effort (PAGE_ALLOC_COSTLY_ORDER).
+    FULL = 32256
     # Ticks without a pending verdict after which the helper sleeps without a timer.
     PATIENCE = 32
 

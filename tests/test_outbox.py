@@ -388,7 +388,7 @@ def test_send_that_fails_does_not_concern_those_before_and_after(wire: Wire) -> 
 
 
 def test_full_send_that_fails_leaves_the_packet_at_hand_undecided_too(wire: Wire) -> None:
-    packets = read(wire, *range(200))
+    packets = read(wire, *range(1500))
     wire.cut()
     given = 0
     with failed_send(*LOST):
@@ -400,7 +400,7 @@ def test_full_send_that_fails_leaves_the_packet_at_hand_undecided_too(wire: Wire
     wire.mend()
     for packet in packets:
         packet.accept()
-    assert [n for ids in sent(wire) for n in ids] == list(range(200))
+    assert [n for ids in sent(wire) for n in ids] == list(range(1500))
 
 
 def test_error_of_the_helper_comes_with_the_next_verdict_once(wire: Wire) -> None:
