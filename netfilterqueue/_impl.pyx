@@ -255,6 +255,8 @@ cdef class NetfilterQueue(Receiver):
         cdef uint32_t length = integer("max_len", max_len, 1, MAX_UINT32)
         with self.transition:
             self.require_bound()
+            # Before it is done: the kernel's answer can be lost.
+            self.max_len = max(self.max_len, length)
             error = self.ask(encode_max_len(request, self.queue_num, length))
             if error:
                 raise refused(f"set the maximum length of queue {self.queue_num}", error)

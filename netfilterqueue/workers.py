@@ -26,6 +26,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
@@ -135,12 +136,18 @@ def serve(
     A signal ends the workers after the packet at hand; verdicts that are pending are sent, and the
     queues unbound. What happens is logged as ``netfilterqueue.workers``.
 
-    To be called from the main thread, and before other threads are started: a fork has only the
-    thread that forked, but every lock that another one held. Raises what bind() raises, and then no
-    worker was started; WorkerCrashed when a worker crashed that is not to be restarted, after the
-    others have ended.
+    To be called from the main thread, and before other threads are started, of which a
+    RuntimeWarning reminds: a fork has only the thread that forked, but every lock that another one
+    held. Raises what bind() raises, and then no worker was started; WorkerCrashed when a worker
+    crashed that is not to be restarted, after the others have ended.
     """
     numbers = check_arguments(handler, queues)
+    if processes and threading.active_count() > 1:
+        text = (
+            "serve() forks while other threads run, whose locks may stay locked in the workers: "
+            "call it before they are started, or with processes=False"
+        )
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
     cpus = sorted(os.sched_getaffinity(0))
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(Signals(ENDING | {signal.SIGCHLD} if processes else ENDING))

@@ -18,6 +18,7 @@ After each test nothing may be left: no queue bound, no rule, and in a debug bui
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import itertools
 import os
@@ -39,13 +40,16 @@ from support import (
     Traffic,
     bound_queues,
 )
+from teams import start_team
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from netfilterqueue import Packet
     from netfilterqueue.testing import Node, Rule
     from support import Runner, UdpFlow
+    from teams import Team
 
 SANDBOX = pytest.StashKey[Sandbox]()
 FORBIDDEN = pytest.StashKey[str]()
@@ -310,6 +314,14 @@ def run_program(router: Node) -> Iterator[Callable[..., Program]]:
     yield start
     for program in programs:
         program.close()
+
+
+@pytest.fixture
+def team(
+    run_program: Callable[..., Program], queue_num: int, tmp_path: Path
+) -> Callable[..., Team]:
+    """Serve queues in a program: `team(2, restart=False)`."""
+    return functools.partial(start_team, run_program, queue_num, tmp_path)
 
 
 @pytest.fixture

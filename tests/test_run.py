@@ -127,8 +127,13 @@ class TestWithoutBlocking:
         queue.bind(queue_num, Packet.accept)
         in_thread(queue.run, False).result(TIMEOUT)
 
+    @pytest.mark.parametrize("at_first", [64, 8])
     def test_flood_ends_it_after_as_many_packets_as_can_have_been_pending(
-        self, queue: NetfilterQueue, queue_num: int, queued: Callable[..., UdpFlow]
+        self,
+        queue: NetfilterQueue,
+        queue_num: int,
+        queued: Callable[..., UdpFlow],
+        at_first: int,
     ) -> None:
         flow = queued()
         seen = []
@@ -138,7 +143,8 @@ class TestWithoutBlocking:
             packet.accept()
             flow.send(b"another")
 
-        queue.bind(queue_num, replace, max_len=64, batch=16)
+        queue.bind(queue_num, replace, max_len=at_first, batch=16)
+        queue.set_max_len(64)
         flow.send(*numbered(60))
         in_thread(queue.run, False).result(TIMEOUT)
         assert seen == numbered(60) + [b"another"] * 4
