@@ -210,6 +210,8 @@ def check_filter(
 RECEIVED = {"Changing packets": b"good morning", "Changing packets 2": b"HELLO"}
 PRINTED = {
     "Example": "UDP packet, 33 bytes",
+    "Pulling packets": "UDP packet, 33 bytes",
+    "Pulling packets 2": "UDP packet, 33 bytes",
     "Slow callbacks": "UDP packet, 33 bytes",
     "Signals, threads, processes": "stopped",
     "Event loops": "UDP packet, 33 bytes",
