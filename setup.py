@@ -17,6 +17,7 @@ MODULES = (
     "_channel",
     "_outbox",
     "_checksums",
+    "_changes",
     "_packet",
     "_receiver",
     "_impl",

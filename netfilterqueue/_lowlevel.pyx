@@ -16,7 +16,7 @@ from netfilterqueue._outbox cimport Outbox
 from netfilterqueue._packet cimport Packet
 from netfilterqueue._receiver cimport Receiver
 from netfilterqueue._uapi cimport (
-    NFQNL_CFG_CMD_PF_BIND, NFQNL_CFG_CMD_PF_UNBIND, getpid, nlmsghdr,
+    NF_VERDICT_FLAG_QUEUE_BYPASS, NFQNL_CFG_CMD_PF_BIND, NFQNL_CFG_CMD_PF_UNBIND, getpid, nlmsghdr,
 )
 
 import contextlib
@@ -45,8 +45,6 @@ cdef enum:
     MAX_LEN = 1024
     # The channel reads only when the kernel's answer to a request is awaited.
     SLOTS = 8
-    # Of a verdict QUEUE: accept if nobody listens there (NF_VERDICT_FLAG_QUEUE_BYPASS).
-    BYPASS = 0x8000
 
 
 @cython.final
@@ -494,7 +492,8 @@ cdef class NetfilterQueueData:
 
 cdef uint32_t checked_verdict(verdict) except? 0xFFFFFFFF:
     cdef uint32_t number = integer("verdict", verdict, 0, MAX_UINT32)
-    if number == STOLEN or number > STOP and number & 0xFFFF & ~<uint32_t> BYPASS != QUEUE:
+    cdef uint32_t kind = number & 0xFFFF & ~<uint32_t> NF_VERDICT_FLAG_QUEUE_BYPASS
+    if number == STOLEN or number > STOP and kind != QUEUE:
         raise ValueError(f"verdict {verdict!r} cannot be given: use NF_DROP, NF_ACCEPT, NF_QUEUE, "
                          "NF_REPEAT or NF_STOP")
     return number

@@ -9,7 +9,9 @@ Framing is specified in RFC 3549 section 2.3 and in <linux/netlink.h>.
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from netfilterqueue._uapi cimport nlattr, nlmsghdr, NLA_TYPE_MASK, be64toh, ntohl, ntohs
+from netfilterqueue._uapi cimport (
+    NLA_F_NESTED, NLA_TYPE_MASK, be64toh, htonl, htons, nlattr, nlmsghdr, ntohl, ntohs,
+)
 
 
 cdef struct Cursor:
@@ -96,6 +98,28 @@ cdef inline void put_attribute(nlmsghdr *message, uint16_t kind, const void *val
     memcpy(at + sizeof(nlattr), value, length)
     memset(at + sizeof(nlattr) + length, 0, padding)
     message.nlmsg_len += <uint32_t> (sizeof(nlattr) + length + padding)
+
+
+cdef inline void put_be32(nlmsghdr *message, uint16_t kind, uint32_t value) noexcept nogil:
+    value = htonl(value)
+    put_attribute(message, kind, &value, sizeof(value))
+
+
+cdef inline void put_be16(nlmsghdr *message, uint16_t kind, uint16_t value) noexcept nogil:
+    value = htons(value)
+    put_attribute(message, kind, &value, sizeof(value))
+
+
+cdef inline nlattr *begin_nested(nlmsghdr *message, uint16_t kind) noexcept nogil:
+    """Append an attribute that holds those appended from now until end_nested()."""
+    cdef nlattr *attribute = <nlattr *> (<char *> message + message.nlmsg_len)
+    attribute.nla_type = kind | <uint16_t> NLA_F_NESTED
+    message.nlmsg_len += sizeof(nlattr)
+    return attribute
+
+
+cdef inline void end_nested(nlmsghdr *message, nlattr *attribute) noexcept nogil:
+    attribute.nla_len = <uint16_t> (<char *> message + message.nlmsg_len - <char *> attribute)
 
 
 # Attribute values are aligned to 4 bytes only: memcpy is how C reads them at any alignment.

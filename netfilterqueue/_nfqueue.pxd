@@ -7,20 +7,20 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from netfilterqueue._netlink cimport (
-    Cursor, attributes_of, length_of, nested_in, next_attribute, put_attribute, read_be16,
-    read_be32, read_be64, type_of, value_of,
+    Cursor, attributes_of, begin_nested, end_nested, length_of, nested_in, next_attribute,
+    put_attribute, put_be16, put_be32, read_be16, read_be32, read_be64, type_of, value_of,
 )
 from netfilterqueue._uapi cimport (
-    AF_UNSPEC, NFNETLINK_V0, NFNL_SUBSYS_QUEUE, NFQA_CAP_LEN, NFQA_CFG_FLAGS, NFQA_CFG_MASK,
-    NFQA_CGROUP_CLASSID, NFQA_CT, NFQA_CT_INFO, NFQA_GID, NFQA_HWADDR, NFQA_IFINDEX_INDEV,
-    NFQA_IFINDEX_OUTDEV, NFQA_IFINDEX_PHYSINDEV, NFQA_IFINDEX_PHYSOUTDEV, NFQA_L2HDR, NFQA_MARK,
-    NFQA_PACKET_HDR, NFQA_PAYLOAD, NFQA_PRIORITY, NFQA_SECCTX, NFQA_SKB_INFO, NFQA_TIMESTAMP,
-    NFQA_UID, NFQA_VERDICT_HDR, NFQA_VLAN, NFQA_VLAN_PROTO, NFQA_VLAN_TCI, NFQNL_CFG_CMD_BIND,
-    NFQNL_CFG_CMD_UNBIND, NFQNL_MSG_CONFIG, NFQNL_MSG_PACKET, NFQNL_MSG_VERDICT,
+    AF_UNSPEC, CTA_LABELS, CTA_MARK, NFNETLINK_V0, NFNL_SUBSYS_QUEUE, NFQA_CAP_LEN, NFQA_CFG_FLAGS,
+    NFQA_CFG_MASK, NFQA_CGROUP_CLASSID, NFQA_CT, NFQA_CT_INFO, NFQA_GID, NFQA_HWADDR,
+    NFQA_IFINDEX_INDEV, NFQA_IFINDEX_OUTDEV, NFQA_IFINDEX_PHYSINDEV, NFQA_IFINDEX_PHYSOUTDEV,
+    NFQA_L2HDR, NFQA_MARK, NFQA_PACKET_HDR, NFQA_PAYLOAD, NFQA_PRIORITY, NFQA_SECCTX, NFQA_SKB_INFO,
+    NFQA_TIMESTAMP, NFQA_UID, NFQA_VERDICT_HDR, NFQA_VLAN, NFQA_VLAN_PROTO, NFQA_VLAN_TCI,
+    NFQNL_CFG_CMD_BIND, NFQNL_CFG_CMD_UNBIND, NFQNL_MSG_CONFIG, NFQNL_MSG_PACKET, NFQNL_MSG_VERDICT,
     NFQNL_MSG_VERDICT_BATCH, NLM_F_ACK, NLM_F_REQUEST, htonl, htons, nfgenmsg,
     nfq_nlmsg_cfg_put_cmd, nfq_nlmsg_cfg_put_params, nfq_nlmsg_cfg_put_qmaxlen, nfq_nlmsg_put,
-    nfqnl_msg_packet_hdr, nfqnl_msg_packet_hw, nfqnl_msg_packet_timestamp,
-    nfqnl_msg_verdict_hdr, nlattr, nlmsghdr, ntohs,
+    nfqnl_msg_packet_hdr, nfqnl_msg_packet_hw, nfqnl_msg_packet_timestamp, nfqnl_msg_verdict_hdr,
+    nlattr, nlmsghdr, ntohs,
 )
 
 
@@ -290,10 +290,8 @@ cdef inline nlmsghdr *begin_request(uint32_t *buffer, uint16_t queue_num) noexce
 
 
 cdef inline void put_flags(nlmsghdr *message, uint32_t mask, uint32_t flags) noexcept nogil:
-    mask = htonl(mask)
-    flags = htonl(flags)
-    put_attribute(message, NFQA_CFG_MASK, &mask, sizeof(mask))
-    put_attribute(message, NFQA_CFG_FLAGS, &flags, sizeof(flags))
+    put_be32(message, NFQA_CFG_MASK, mask)
+    put_be32(message, NFQA_CFG_FLAGS, flags)
 
 
 cdef inline nlmsghdr *encode_bind(uint32_t *buffer, uint16_t queue_num, uint8_t mode,
@@ -359,17 +357,61 @@ cdef inline nlmsghdr *encode_verdict_up_to(uint32_t *buffer, uint16_t queue_num,
     return message
 
 
+cdef struct Changes:
+    uint32_t which               # of those below, a sum of CHANGE_…
+    uint32_t priority
+    uint32_t conntrack_mark
+    uint8_t conntrack_labels[16]
+    uint16_t vlan_proto
+    uint16_t vlan_tci
+    const char *l2_header
+    size_t l2_header_length
+
+
+cdef enum:
+    CHANGE_PRIORITY = 1
+    CHANGE_CONNTRACK_MARK = 2
+    CHANGE_CONNTRACK_LABELS = 4
+    CHANGE_VLAN = 8
+    CHANGE_L2_HEADER = 16
+
+
 cdef struct Decision:
     uint32_t verdict
     uint32_t mark
     bint has_mark
     const char *payload          # NULL: the packet leaves as it came
     uint32_t payload_length
+    const Changes *changes       # what else changes; NULL: nothing
 
 
 cdef inline size_t decision_size(const Decision *decision) noexcept nogil:
     """No less than what encode_verdict() writes, in bytes."""
-    return VERDICT_ROOM + decision.payload_length
+    cdef size_t size = VERDICT_ROOM + decision.payload_length
+    if decision.changes is not NULL:
+        size += decision.changes.l2_header_length
+    return size
+
+
+cdef inline void encode_changes(nlmsghdr *message, const Changes *changes) noexcept nogil:
+    cdef nlattr *nest
+    if changes.which & CHANGE_PRIORITY:
+        put_be32(message, NFQA_PRIORITY, changes.priority)
+    if changes.which & (CHANGE_CONNTRACK_MARK | CHANGE_CONNTRACK_LABELS):
+        nest = begin_nested(message, NFQA_CT)
+        if changes.which & CHANGE_CONNTRACK_MARK:
+            put_be32(message, CTA_MARK, changes.conntrack_mark)
+        if changes.which & CHANGE_CONNTRACK_LABELS:
+            put_attribute(message, CTA_LABELS, changes.conntrack_labels,
+                          sizeof(changes.conntrack_labels))
+        end_nested(message, nest)
+    if changes.which & CHANGE_VLAN:
+        nest = begin_nested(message, NFQA_VLAN)
+        put_be16(message, NFQA_VLAN_PROTO, changes.vlan_proto)
+        put_be16(message, NFQA_VLAN_TCI, changes.vlan_tci)
+        end_nested(message, nest)
+    if changes.which & CHANGE_L2_HEADER:
+        put_attribute(message, NFQA_L2HDR, changes.l2_header, changes.l2_header_length)
 
 
 cdef inline size_t encode_verdict(char *buffer, uint16_t queue_num, uint32_t id,
@@ -382,7 +424,6 @@ cdef inline size_t encode_verdict(char *buffer, uint16_t queue_num, uint32_t id,
     cdef nlmsghdr *message = <nlmsghdr *> buffer
     cdef nfgenmsg *family = <nfgenmsg *> (buffer + sizeof(nlmsghdr))
     cdef nfqnl_msg_verdict_hdr header
-    cdef uint32_t mark
     message.nlmsg_len = sizeof(nlmsghdr) + sizeof(nfgenmsg)
     message.nlmsg_type = (NFNL_SUBSYS_QUEUE << 8) | NFQNL_MSG_VERDICT
     message.nlmsg_flags = NLM_F_REQUEST
@@ -395,8 +436,9 @@ cdef inline size_t encode_verdict(char *buffer, uint16_t queue_num, uint32_t id,
     header.id = htonl(id)
     put_attribute(message, NFQA_VERDICT_HDR, &header, sizeof(header))
     if decision.has_mark:
-        mark = htonl(decision.mark)
-        put_attribute(message, NFQA_MARK, &mark, sizeof(mark))
+        put_be32(message, NFQA_MARK, decision.mark)
+    if decision.changes is not NULL:
+        encode_changes(message, decision.changes)
     if decision.payload is not NULL:
         put_attribute(message, NFQA_PAYLOAD, decision.payload, decision.payload_length)
     return message.nlmsg_len

@@ -1,6 +1,7 @@
 """Packets, and the reads that they came with."""
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
+from netfilterqueue._changes cimport PacketChanges
 from netfilterqueue._channel cimport Slab
 from netfilterqueue._netlink cimport Cursor
 from netfilterqueue._nfqueue cimport Decision, PacketFields
@@ -46,6 +47,7 @@ cdef class Packet:
     cdef bytes retained         # payload kept by retain()
     cdef bytes rare             # what fields.rare names once the slab is given back, or None
     cdef bytes replacement      # payload given by set_payload()
+    cdef PacketChanges changes  # other than these two, or None
     cdef uint32_t new_mark
     cdef bint has_new_mark
     cdef bint decided           # unless that flight failed, see is_decided()
@@ -59,6 +61,9 @@ cdef class Packet:
     cdef bytes rare_value(self, uint16_t kind)
     cdef object interface_name(self, uint32_t index)
     cdef bint is_truncated(self) noexcept
+    cdef PacketChanges any_changes(self)
+    cdef int require_bridged(self) except -1
+    cdef object require_connection(self)
     cdef bint is_decided(self) noexcept
     cdef int decide(self, uint32_t verdict) except -1
     cdef int send_decision(self, const Decision *decision) except -1

@@ -7,6 +7,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
+from netfilterqueue._changes cimport PacketChanges
 from netfilterqueue._channel cimport DEBUG, Channel, Slab, alive_now
 from netfilterqueue._checksums cimport make_right, upper_protocol
 from netfilterqueue._netlink cimport length_of, next_message, value_of
@@ -15,13 +16,15 @@ from netfilterqueue._nfqueue cimport (
 )
 from netfilterqueue._outbox cimport Outbox
 from netfilterqueue._uapi cimport (
-    NFQA_CT, NFQA_CT_INFO, NFQA_L2HDR, NFQA_SECCTX, NFQA_SKB_CSUMNOTREADY,
-    NFQA_SKB_CSUM_NOTVERIFIED, NFQA_SKB_GSO, NLMSG_MIN_TYPE, nlattr, nlmsghdr,
+    AF_BRIDGE, NFQA_CT, NFQA_CT_INFO, NFQA_L2HDR, NFQA_SECCTX, NFQA_SKB_CSUMNOTREADY,
+    NFQA_SKB_CSUM_NOTVERIFIED, NFQA_SKB_GSO, NF_VERDICT_FLAG_QUEUE_BYPASS, NF_VERDICT_MASK,
+    NF_VERDICT_QBITS, NLMSG_MIN_TYPE, nlattr, nlmsghdr,
 )
 
 import os
 
 from netfilterqueue import conntrack
+from netfilterqueue._arguments import integer
 from netfilterqueue.constants import PROTOCOLS, Verdict
 from netfilterqueue.vlan import Vlan
 
@@ -29,6 +32,8 @@ from netfilterqueue.vlan import Vlan
 cdef uint32_t ACCEPT = Verdict.ACCEPT
 cdef uint32_t DROP = Verdict.DROP
 cdef uint32_t REPEAT = Verdict.REPEAT
+cdef uint32_t STOP = Verdict.STOP
+cdef uint32_t QUEUE = Verdict.QUEUE
 
 # How the struct module writes the items of a payload, for Py_buffer.
 cdef char *UNSIGNED_BYTES = "B"
@@ -347,7 +352,7 @@ cdef class Packet:
         set_payload() it keeps the new bytes. Raises RuntimeError as get_payload() does."""
         self.retained = self.get_payload()
 
-    def set_payload(self, payload, *, checksums=False):
+    def set_payload(self, payload, *, checksums=False, truncate=False):
         """Let the packet go on with these bytes, any bytes-like object of 1 to 65531 bytes that
         starts with the network header, once it is accepted (NFQA_PAYLOAD). None: with its own.
 
@@ -357,6 +362,9 @@ cdef class Packet:
         returned then; but False where nothing below the IP header could be made right: in a
         fragment, whose checksum covers the others too, and for any other protocol. Without it,
         lengths and checksums are up to the caller, and False is returned.
+
+        A packet that was copied in part only, see ``truncated``, would lose the rest: with
+        ``truncate=True`` it does, or else this raises RuntimeError.
 
         Raises TypeError for what is not bytes-like and ValueError for a wrong length, and where
         checksums are wanted for what is no such packet or has headers that do not fit into it.
@@ -368,6 +376,11 @@ cdef class Packet:
             if not 1 <= len(replacement) <= MAX_PAYLOAD:
                 raise ValueError(f"a payload of {len(replacement)} bytes cannot be set: "
                                  f"it must have 1 to {MAX_PAYLOAD}; use drop() to discard a packet")
+            if self.is_truncated() and not truncate:
+                raise RuntimeError(
+                    f"only {self.fields.payload_length} of this packet's {self.original_len} bytes "
+                    "are here, and with a new payload it would lose the others: bind with a larger "
+                    "range, or pass truncate=True if it may")
             if checksums:
                 # The caller's bytes are the caller's.
                 replacement = PyBytes_FromStringAndSize(PyBytes_AS_STRING(replacement),
@@ -480,16 +493,78 @@ cdef class Packet:
         self.new_mark = number
         self.has_new_mark = True
 
+    def set_priority(self, priority):
+        """Give the packet a priority of 32 bits, by which it queues at an interface; the verdict
+        sets it (NFQA_PRIORITY, since Linux 5.18). Raises ValueError outside 0..4294967295."""
+        self.any_changes().set_priority(priority)
+
+    def set_conntrack_mark(self, mark):
+        """Give the packet's connection a mark of 32 bits; the verdict sets it (NFQA_CT).
+
+        Raises ValueError outside 0..4294967295, and RuntimeError for a packet without connection
+        information: the queue must be bound with ``conntrack=True``.
+        """
+        self.require_connection()
+        self.any_changes().set_conntrack_mark(mark)
+
+    def set_conntrack_labels(self, labels):
+        """Give the packet's connection these labels, 1 to 16 bytes, and no others; the verdict sets
+        them (NFQA_CT).
+
+        Raises ValueError for another length, and RuntimeError for a packet without connection
+        information, or whose connection has no room for labels: it has where a rule with the match
+        ``connlabel`` was there before it began.
+        """
+        if self.require_connection().labels is None:
+            raise RuntimeError("this packet's connection has no room for labels: have a rule with "
+                               "`-m connlabel` before connections begin")
+        self.any_changes().set_conntrack_labels(labels)
+
+    def set_vlan(self, proto, tci):
+        """Give a packet of the bridge family a VLAN tag, of 16 bits each; the verdict sets it
+        (NFQA_VLAN). Raises ValueError outside 0..65535, and RuntimeError for other packets."""
+        self.require_bridged()
+        self.any_changes().set_vlan(proto, tci)
+
+    def set_l2_header(self, l2_header):
+        """Give a packet of the bridge family another link layer's header, any bytes-like object as
+        long as its own; the verdict sets it (NFQA_L2HDR).
+
+        Raises ValueError for another length, and RuntimeError for packets that have none.
+        """
+        self.require_bridged()
+        self.any_changes().set_l2_header(l2_header, len(self.l2_header or b""))
+
+    cdef PacketChanges any_changes(self):
+        if self.changes is None:
+            self.changes = PacketChanges.__new__(PacketChanges)
+        return self.changes
+
+    # The kernel says nothing where a change has no effect.
+
+    cdef int require_bridged(self) except -1:
+        if self.fields.family != AF_BRIDGE:
+            raise RuntimeError("this packet does not come from the bridge family: only those that "
+                               "do have a VLAN tag and a link layer's header that can be set")
+        return 0
+
+    cdef object require_connection(self):
+        connection = self.conntrack
+        if connection is None:
+            raise RuntimeError("this packet came without information about its connection: bind "
+                               "with conntrack=True; packets that are not tracked have none")
+        return connection
+
     @property
     def verdict(self):
         """The ``Verdict`` given, None as long as there is none."""
-        return Verdict(self.given) if self.is_decided() else None
+        return Verdict(self.given & NF_VERDICT_MASK) if self.is_decided() else None
 
     def accept(self):
-        """Let the packet go on, with the payload and the mark set (NF_ACCEPT).
+        """Let the packet go on, with what was set (NF_ACCEPT).
 
-        Like drop() and repeat(): RuntimeError if a verdict has been given or the queue has been
-        unbound, OSError if sending fails; the packet then counts as undecided.
+        Like the other verdicts: RuntimeError if one has been given or the queue has been unbound,
+        OSError if sending fails; the packet then counts as undecided.
         """
         self.decide(ACCEPT)
 
@@ -498,23 +573,47 @@ cdef class Packet:
         self.decide(DROP)
 
     def repeat(self):
-        """Send the packet through the rules of this hook once more, with the payload and the mark
-        set (NF_REPEAT). Nothing else keeps it from coming back here. Raises as accept() does."""
+        """Send the packet through the rules of this hook once more, with what was set (NF_REPEAT).
+        Nothing else keeps it from coming back here. Raises as accept() does."""
         self.decide(REPEAT)
+
+    def stop(self):
+        """Let the packet go on, with what was set, past all that follows at this hook: the tables
+        that come later, and the kernel's own work there, such as the confirmation of a new
+        connection (NF_STOP). Raises as accept() does."""
+        self.decide(STOP)
+
+    def requeue(self, queue_num, bypass=False):
+        """Send the packet, with what was set, to the queue ``queue_num`` (0 to 65535), where it
+        goes on from here when it is accepted (NF_QUEUE).
+
+        If nobody listens there it is dropped, or, with ``bypass``, accepted. Raises ValueError for
+        another number, and as accept() does.
+        """
+        cdef uint32_t number = integer("queue_num", queue_num, 0, 0xFFFF)
+        cdef uint32_t verdict = QUEUE | number << NF_VERDICT_QBITS
+        if bypass:
+            verdict |= NF_VERDICT_FLAG_QUEUE_BYPASS
+        self.decide(verdict)
 
     cdef bint is_decided(self) noexcept:
         return self.decided and not self.batch.outbox.failed(self.flight)
 
     cdef int decide(self, uint32_t verdict) except -1:
         cdef Decision decision
+        # Another thread may set another one before this one is sent.
+        cdef bytes replacement = self.replacement
         decision.verdict = verdict
         decision.mark = self.new_mark
         decision.has_mark = self.has_new_mark
         decision.payload = NULL
         decision.payload_length = 0
-        if self.replacement is not None:
-            decision.payload = PyBytes_AS_STRING(self.replacement)
-            decision.payload_length = <uint32_t> PyBytes_GET_SIZE(self.replacement)
+        decision.changes = NULL
+        if replacement is not None:
+            decision.payload = PyBytes_AS_STRING(replacement)
+            decision.payload_length = <uint32_t> PyBytes_GET_SIZE(replacement)
+        if self.changes is not None:
+            decision.changes = &self.changes.values
         return self.send_decision(&decision)
 
     cdef int send_decision(self, const Decision *decision) except -1:

@@ -32,6 +32,7 @@ cdef extern from "<sys/socket.h>" nogil:
         unsigned int msg_len
 
     enum:
+        AF_BRIDGE
         AF_NETLINK
         AF_UNSPEC
         SOCK_RAW
@@ -233,6 +234,7 @@ cdef extern from "<linux/netlink.h>" nogil:
         NLMSG_NOOP
         NLMSG_ERROR
         NLMSG_MIN_TYPE
+        NLA_F_NESTED
         NLA_TYPE_MASK
 
 
@@ -388,6 +390,19 @@ cdef extern from "<linux/netfilter/nfnetlink_log.h>" nogil:
         NFULA_VLAN
         NFULA_VLAN_PROTO
         NFULA_VLAN_TCI
+
+
+cdef extern from "<linux/netfilter.h>" nogil:
+    enum:
+        NF_VERDICT_MASK
+        NF_VERDICT_QBITS
+        NF_VERDICT_FLAG_QUEUE_BYPASS
+
+
+cdef extern from "<linux/netfilter/nfnetlink_conntrack.h>" nogil:
+    enum:
+        CTA_MARK
+        CTA_LABELS
 
 
 cdef extern from "<arpa/inet.h>" nogil:

@@ -13,7 +13,7 @@ import select
 import socket
 import struct
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 NLMSG_NOOP, NLMSG_ERROR, NLMSG_DONE, NLMSG_OVERRUN = range(1, 5)
 NFNL_SUBSYS_QUEUE = 3
@@ -92,9 +92,14 @@ def message(
     )
 
 
-def packet_message(*attributes: bytes, queue_num: int = 0, length: int | None = None) -> bytes:
+def packet_message(
+    *attributes: bytes,
+    queue_num: int = 0,
+    length: int | None = None,
+    family: int = socket.AF_INET,
+) -> bytes:
     """A message about a packet, with these attributes, built by `attribute`."""
-    body = FAMILY_HEADER.pack(socket.AF_INET, 0, queue_num) + b"".join(attributes)
+    body = FAMILY_HEADER.pack(family, 0, queue_num) + b"".join(attributes)
     return message(body, length=length)
 
 
@@ -126,6 +131,7 @@ class VerdictMessage(NamedTuple):
     mark: int | None
     payload: bytes | None
     sequence: int
+    changes: dict[int, Any]  # the other attributes, nested ones as dicts
 
 
 def attributes_of(body: bytes) -> dict[int, bytes]:
@@ -134,6 +140,7 @@ def attributes_of(body: bytes) -> dict[int, bytes]:
     found: dict[int, bytes] = {}
     while body:
         length, kind = ATTRIBUTE_HEADER.unpack_from(body)
+        kind &= NLA_TYPE_MASK
         assert ATTRIBUTE_HEADER.size <= length
         assert aligned(length) <= len(body)
         assert kind not in found
@@ -150,7 +157,10 @@ def verdict_of(body: bytes, sequence: int) -> VerdictMessage:
     verdict, packet_id = struct.unpack("!II", attributes.pop(NFQA.VERDICT_HDR))
     mark = attributes.pop(NFQA.MARK, None)
     payload = attributes.pop(NFQA.PAYLOAD, None)
-    assert not attributes
+    changes = {
+        kind: attributes_of(value) if kind in {NFQA.CT, NFQA.VLAN} else value
+        for kind, value in attributes.items()
+    }
     return VerdictMessage(
         queue_num,
         packet_id,
@@ -158,6 +168,7 @@ def verdict_of(body: bytes, sequence: int) -> VerdictMessage:
         None if mark is None else struct.unpack("!I", mark)[0],
         payload,
         sequence,
+        changes,
     )
 
 

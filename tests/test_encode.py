@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given, settings
@@ -18,6 +18,7 @@ METHODS = {
     Verdict.ACCEPT: Packet.accept,
     Verdict.DROP: Packet.drop,
     Verdict.REPEAT: Packet.repeat,
+    Verdict.STOP: Packet.stop,
 }
 # A verdict's sequence number has the upper bit, by which it is told from a request's.
 VERDICT_SEQUENCE = 1 << 31
@@ -72,6 +73,35 @@ def test_mark_is_sent_where_one_was_set(wire: Wire, mark: int) -> None:
     packet.set_mark(mark)
     packet.repeat()
     assert [sent.mark for sent in wire.verdicts()] == [mark]
+
+
+@pytest.mark.parametrize("bypass", [False, True])
+@pytest.mark.parametrize("queue_num", [0, 1, 0x1234, 65535])
+def test_queue_is_told_in_the_upper_half(wire: Wire, queue_num: int, bypass: bool) -> None:
+    [packet] = packets(wire, 1)
+    packet.requeue(queue_num, bypass)
+    [sent] = wire.verdicts()
+    assert sent.verdict == queue_num << 16 | (0x8000 if bypass else 0) | Verdict.QUEUE
+    assert packet.verdict is Verdict.QUEUE
+
+
+@pytest.mark.parametrize(
+    ("queue_num", "error", "complaint"),
+    [
+        (-1, ValueError, "queue_num is -1, but must be from 0 to 65535"),
+        (65536, ValueError, "queue_num is 65536, but must be from 0 to 65535"),
+        ("1", TypeError, "queue_num must be an integer, not str"),
+    ],
+)
+def test_queue_that_cannot_be_is_refused(
+    wire: Wire, queue_num: Any, error: type[Exception], complaint: str
+) -> None:
+    [packet] = packets(wire, 1)
+    with pytest.raises(error, match=complaint):
+        packet.requeue(queue_num)
+    assert packet.verdict is None
+    packet.drop()
+    assert wire.ids() == [1]
 
 
 @pytest.mark.parametrize("length", [*range(1, 10), 1500, 3400, 3600, *range(65528, 65532)])

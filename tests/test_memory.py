@@ -21,6 +21,8 @@ from netfilterqueue._packet import packets_from
 
 from messages import simple_packets
 from netfilterqueue import COPY_META, NetfilterQueue, Packet, Verdict
+from netfilterqueue.conntrack import Conntrack
+from netfilterqueue.testing import packet as packet_by_hand
 from support import RECEIVE_BUFFER, bound_queues, run_until, wait_until_queued
 
 if TYPE_CHECKING:
@@ -147,6 +149,24 @@ def use_repeat(packet: Packet) -> None:
         packet.repeat()
 
 
+def use_requeue(packet: Packet) -> None:
+    suppressing(ValueError, packet.requeue, -1)
+    # Nobody listens there.
+    packet.requeue(65535)
+    suppressing(RuntimeError, packet.requeue, 65535)
+
+
+def use_changes(packet: Packet) -> None:
+    for priority in (1, 2):
+        packet.set_priority(priority)
+    suppressing(ValueError, packet.set_priority, -1)
+    # They are for other packets: these are not bridged, and came without their connection.
+    suppressing(RuntimeError, packet.set_conntrack_mark, 1)
+    suppressing(RuntimeError, packet.set_conntrack_labels, b"1")
+    suppressing(RuntimeError, packet.set_vlan, 0x8100, 1)
+    suppressing(RuntimeError, packet.set_l2_header, bytes(14))
+
+
 def use_retain(packet: Packet) -> None:
     packet.retain()
     packet.retain()
@@ -197,10 +217,17 @@ PACKET_USES: dict[str, Callable[[Packet], object]] = {
     "priority": lambda packet: packet.priority,
     "queue_num": lambda packet: packet.queue_num,
     "repeat": use_repeat,
+    "requeue": use_requeue,
     "retain": use_retain,
     "secctx": lambda packet: packet.secctx,
+    "set_conntrack_labels": use_changes,
+    "set_conntrack_mark": use_changes,
+    "set_l2_header": use_changes,
     "set_mark": use_set_mark,
     "set_payload": use_set_payload,
+    "set_priority": use_changes,
+    "set_vlan": use_changes,
+    "stop": Packet.stop,
     "truncated": lambda packet: packet.truncated,
     "uid": lambda packet: packet.uid,
     "verdict": use_verdict,
@@ -419,6 +446,30 @@ class TestNothingLeaks:
 
     def test_packets_made_by_hand(self) -> None:
         assert_no_growth(lambda: packets_from([*simple_packets(1, 2, 3), b"no message"]))
+
+    def test_attributes_of_packets_made_by_hand(self) -> None:
+        def once() -> None:
+            made = packet_by_hand(
+                bytes(40),
+                indev_name="eth0",
+                secctx="ssh_t",
+                conntrack=Conntrack(labels=bytes(16)),
+                vlan=(0x8100, 1),
+                l2_header=bytes(14),
+            )
+            assert made.secctx
+            assert made.vlan
+            assert made.indev_name
+            for number in (1, 2):
+                made.set_conntrack_mark(number)
+                made.set_conntrack_labels(bytes(number))
+                made.set_vlan(0x8100, number)
+                made.set_l2_header(bytearray(made.l2_header or b""))
+            suppressing(ValueError, made.set_conntrack_labels, bytes(17))
+            suppressing(ValueError, made.set_l2_header, bytes(15))
+            made.accept()
+
+        assert_no_growth(once)
 
     def test_arguments_are_given_back(
         self, queued_udp: Callable[..., QueuedUdp], queue_num: int

@@ -151,6 +151,17 @@ BLANK: dict[str, Callable[[Packet], object]] = {
     "accept": lambda packet: "no queue" in refused(packet.accept),
     "drop": lambda packet: "no queue" in refused(packet.drop),
     "repeat": lambda packet: "no queue" in refused(packet.repeat),
+    "stop": lambda packet: "no queue" in refused(packet.stop),
+    "requeue": lambda packet: "no queue" in refused(lambda: packet.requeue(1)),
+    "set_priority": lambda packet: packet.set_priority(1) is None,  # type: ignore[func-returns-value]
+    "set_conntrack_mark": lambda packet: (
+        "came without" in refused(lambda: packet.set_conntrack_mark(1))
+    ),
+    "set_conntrack_labels": lambda packet: (
+        "came without" in refused(lambda: packet.set_conntrack_labels(b"1"))
+    ),
+    "set_vlan": lambda packet: "bridge family" in refused(lambda: packet.set_vlan(0x8100, 1)),
+    "set_l2_header": lambda packet: "bridge family" in refused(lambda: packet.set_l2_header(b"")),
     "__len__": lambda packet: len(packet) == 0,
     "__bytes__": lambda packet: "no payload" in refused(packet.__bytes__),
     "__buffer__": lambda packet: "no payload" in refused(lambda: memoryview(packet)),

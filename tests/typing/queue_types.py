@@ -172,7 +172,22 @@ def packet_decisions(packet: Packet) -> None:
     packet.accept()
     packet.drop()
     packet.repeat()
-    packet.requeue(2)  # type: ignore[attr-defined]
+    packet.stop()
+    packet.requeue(2)
+    packet.requeue(2, bypass=True)
+    packet.requeue("2")  # type: ignore[arg-type]
+
+
+def packet_changes(packet: Packet) -> None:
+    packet.set_priority(0x10002)
+    packet.set_conntrack_mark(1)
+    packet.set_conntrack_labels(bytes(16))
+    packet.set_vlan(0x8100, 5)
+    packet.set_vlan(*Vlan(0x8100, 5))
+    packet.set_l2_header(bytearray(14))
+    packet.set_payload(bytes(20), truncate=True)
+    packet.set_priority("1")  # type: ignore[arg-type]
+    packet.set_l2_header("1")  # type: ignore[arg-type]
 
 
 def module_members() -> None:
