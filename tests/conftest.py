@@ -262,6 +262,13 @@ def queued(queue_num: int, rules: Callable[..., Rule], traffic: Traffic) -> Call
 
 
 @pytest.fixture
+def flow(queue: NetfilterQueue, queue_num: int, queued: Callable[..., UdpFlow]) -> UdpFlow:
+    """Traffic to `queue`, which is bound without a callback: to be pulled."""
+    queue.bind(queue_num, sock_len=RECEIVE_BUFFER)
+    return queued()
+
+
+@pytest.fixture
 def queued_udp(
     queue: NetfilterQueue, queue_num: int, queued: Callable[..., UdpFlow]
 ) -> Callable[..., QueuedUdp]:

@@ -216,6 +216,19 @@ def wait_until_queued(queue_num: int, count: int) -> None:
     )
 
 
+def accepting(
+    seen: list[bytes], then: Callable[[], object] = lambda: None
+) -> Callable[[Packet], None]:
+    """A callback that notes what a datagram carries, lets it pass, and then does something else."""
+
+    def accept(packet: Packet) -> None:
+        seen.append(udp_data(packet))
+        packet.accept()
+        then()
+
+    return accept
+
+
 class Route(NamedTuple):
     """Where traffic starts, where it ends, and under which address."""
 

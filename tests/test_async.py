@@ -129,13 +129,6 @@ def loop(request: pytest.FixtureRequest) -> Loop:
     return made
 
 
-@pytest.fixture
-def flow(queue: NetfilterQueue, queue_num: int, queued: Callable[..., UdpFlow]) -> UdpFlow:
-    """Traffic to `queue`, which is bound without a callback."""
-    queue.bind(queue_num, sock_len=RECEIVE_BUFFER)
-    return queued()
-
-
 def descriptors() -> list[str]:
     return os.listdir("/proc/self/fd")
 

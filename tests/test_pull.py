@@ -42,13 +42,6 @@ class Handler(NetfilterQueue):
         packet.accept()
 
 
-@pytest.fixture
-def flow(queue: NetfilterQueue, queue_num: int, queued: Callable[..., UdpFlow]) -> UdpFlow:
-    """Traffic to `queue`, which is bound without a callback."""
-    queue.bind(queue_num, sock_len=RECEIVE_BUFFER)
-    return queued()
-
-
 def data_of(packets: list[Packet]) -> list[bytes]:
     return [udp_data(packet) for packet in packets]
 

@@ -16,6 +16,7 @@ from netfilterqueue import NetfilterQueue, Packet
 from support import (
     CHAINS,
     TIMEOUT,
+    accepting,
     in_thread,
     numbered,
     readable,
@@ -49,14 +50,9 @@ class TestDelivery:
         path: str,
         ipv6: bool,
     ) -> None:
-        seen = []
-
-        def accept(packet: Packet) -> None:
-            seen.append(udp_data(packet))
-            packet.accept()
-
+        seen: list[bytes] = []
         flow = queued(path, ipv6=ipv6)
-        queue.bind(queue_num, accept)
+        queue.bind(queue_num, accepting(seen))
         flow.send(*numbered(5))
         wait_until_queued(queue_num, 5)
         queue.run(block=False)
@@ -136,14 +132,9 @@ class TestWithoutBlocking:
         at_first: int,
     ) -> None:
         flow = queued()
-        seen = []
-
-        def replace(packet: Packet) -> None:
-            seen.append(udp_data(packet))
-            packet.accept()
-            flow.send(b"another")
-
-        queue.bind(queue_num, replace, max_len=at_first, batch=16)
+        seen: list[bytes] = []
+        accept = accepting(seen, lambda: flow.send(b"another"))
+        queue.bind(queue_num, accept, max_len=at_first, batch=16)
         queue.set_max_len(64)
         flow.send(*numbered(60))
         in_thread(queue.run, False).result(TIMEOUT)

@@ -10,10 +10,10 @@ import pytest
 from netfilterqueue import NetfilterQueue, Packet
 from support import (
     TIMEOUT,
+    accepting,
     in_thread,
     numbered,
     readable,
-    udp_data,
     wait_until_blocked,
 )
 
@@ -48,16 +48,14 @@ def test_from_another_thread_ends_a_run_after_the_packet_at_hand(
 def test_from_the_callback_leaves_the_rest_of_the_read_for_the_next_run(
     queue: NetfilterQueue, queue_num: int, queued: Callable[..., UdpFlow], block: bool
 ) -> None:
-    seen = []
+    seen: list[bytes] = []
 
-    def accept(packet: Packet) -> None:
-        seen.append(udp_data(packet))
-        packet.accept()
+    def stop_after_the_third() -> None:
         if len(seen) == 3:
             queue.stop()
 
     flow = queued()
-    queue.bind(queue_num, accept)
+    queue.bind(queue_num, accepting(seen, stop_after_the_third))
     flow.send(*numbered(8))
     queue.run(block)
     assert seen == flow.arrived() == numbered(3)
@@ -71,18 +69,9 @@ def test_from_the_callback_leaves_the_rest_of_the_read_for_the_next_run(
 def test_from_the_callback_of_a_nested_run_ends_both(
     queue: NetfilterQueue, queue_num: int, queued: Callable[..., UdpFlow]
 ) -> None:
-    seen = []
-
-    def accept(packet: Packet) -> None:
-        seen.append(udp_data(packet))
-        packet.accept()
-        if len(seen) == 1:
-            queue.run()
-        else:
-            queue.stop()
-
+    seen: list[bytes] = []
     flow = queued()
-    queue.bind(queue_num, accept)
+    queue.bind(queue_num, accepting(seen, lambda: queue.run() if len(seen) == 1 else queue.stop()))
     flow.send(*numbered(4))
     queue.run()
     assert seen == numbered(2)
@@ -151,13 +140,8 @@ def test_again_and_again_under_traffic_loses_no_packet(
 def test_leaves_packets_that_unbind_makes_the_kernel_drop(
     queue: NetfilterQueue, queue_num: int, queued: Callable[..., UdpFlow]
 ) -> None:
-    seen = []
-
-    def accept(packet: Packet) -> None:
-        seen.append(udp_data(packet))
-        packet.accept()
-        queue.stop()
-
+    seen: list[bytes] = []
+    accept = accepting(seen, queue.stop)
     flow = queued()
     queue.bind(queue_num, accept)
     flow.send(*numbered(5))

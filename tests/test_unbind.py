@@ -13,6 +13,7 @@ import pytest
 from netfilterqueue import NetfilterQueue, Packet
 from support import (
     TIMEOUT,
+    accepting,
     bound_queues,
     in_thread,
     numbered,
@@ -171,16 +172,9 @@ class TestEitherEnd:
         queued: Callable[..., UdpFlow],
         end: Callable[[NetfilterQueue], object],
     ) -> None:
-        seen = []
-
-        def judge(packet: Packet) -> None:
-            seen.append(udp_data(packet))
-            packet.accept()
-            if len(seen) == 2:
-                end(queue)
-
+        seen: list[bytes] = []
         flow = queued()
-        queue.bind(queue_num, judge)
+        queue.bind(queue_num, accepting(seen, lambda: len(seen) == 2 and end(queue)))
         flow.send(*numbered(5))
         queue.run()
         assert seen == flow.arrived() == numbered(2)
@@ -191,18 +185,16 @@ class TestUnbind:
     def test_in_the_callback_may_be_followed_by_another_bind_and_run(
         self, queue: NetfilterQueue, queue_num: int, queued: Callable[..., UdpFlow]
     ) -> None:
-        seen = []
+        seen: list[bytes] = []
 
-        def judge(packet: Packet) -> None:
-            seen.append(udp_data(packet))
-            packet.accept()
+        def bind_anew() -> None:
             if seen == [b"0", b"1"]:
                 queue.unbind()
-                queue.bind(queue_num, judge)
+                queue.bind(queue_num, accepting(seen))
                 flow.send(b"new")
 
         flow = queued()
-        queue.bind(queue_num, judge)
+        queue.bind(queue_num, accepting(seen, bind_anew))
         flow.send(*numbered(5))
         queue.run()
         queue.run(block=False)
@@ -211,22 +203,19 @@ class TestUnbind:
     def test_forgets_what_an_exception_left_for_the_next_run(
         self, queue: NetfilterQueue, queue_num: int, queued: Callable[..., UdpFlow]
     ) -> None:
-        seen = []
+        seen: list[bytes] = []
 
-        def judge(packet: Packet) -> None:
-            seen.append(udp_data(packet))
-            packet.accept()
-            if len(seen) == 1:
-                raise ValueError
+        def fail() -> None:
+            raise ValueError
 
         flow = queued()
-        queue.bind(queue_num, judge)
+        queue.bind(queue_num, accepting(seen, fail))
         flow.send(*numbered(5))
         with pytest.raises(ValueError, match=r"^$"):
             queue.run()
         queue.unbind()
         assert not readable(queue)
-        queue.bind(queue_num, judge)
+        queue.bind(queue_num, accepting(seen))
         queue.run(block=False)
         assert seen == flow.arrived() == [b"0"]
 
