@@ -5,8 +5,9 @@ from __future__ import annotations
 import select
 import socket
 import subprocess
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from contest import Contestant
 from netfilterqueue.testing import Sandbox
@@ -18,6 +19,8 @@ PACKET_SIZE = 64  # bytes, the headers of IPv4 and UDP included
 PAYLOAD = bytes(PACKET_SIZE - 28)
 DEADLINE = 60.0  # seconds, for whatever a contestant is told to do
 SO_RCVBUFFORCE = 33  # asm-generic/socket.h; not in the module socket
+
+Self = TypeVar("Self", bound="Stage")
 
 
 class ContestError(Exception):
@@ -51,11 +54,11 @@ def may_force_buffers() -> bool:
     return True
 
 
-class Arena:
-    """A contestant with its queue bound, and two UDP sockets joined by loopback and that queue.
+class Stage:
+    """A contestant in a sandbox, with its queue bound. No rule leads there yet.
 
-    What `sender` sends, and what `receiver` sends back, waits in the queue for a verdict. For the
-    machine's root the sandbox has no user namespace: inside one, nobody may exceed rmem_max.
+    For the machine's root the sandbox has no user namespace: inside one, nobody may exceed
+    rmem_max.
     """
 
     def __init__(
@@ -66,21 +69,19 @@ class Arena:
         *,
         max_len: int = 1024,
         receive_buffer: int = 1 << 21,
+        flags: Sequence[str] = (),
     ) -> None:
         self.contestant = contestant
-        arguments = map(str, (job, verdict, QUEUE, max_len, receive_buffer))
+        arguments = map(str, (job, verdict, QUEUE, max_len, receive_buffer, *flags))
         self.command = [*contestant.command, *arguments]
         self.receive_buffer = receive_buffer
 
-    def __enter__(self) -> Arena:
+    def __enter__(self: Self) -> Self:
         with ExitStack() as stack:
             sandbox = Sandbox(user_namespace=not may_force_buffers())
-            self.router = stack.enter_context(sandbox).router
-            self.router.rule("INPUT", "-i", "lo", "-p", "udp", queue=QUEUE)
-            self.receiver = stack.enter_context(self.udp_socket())
-            self.receiver.bind(LOOPBACK)
-            self.sender = stack.enter_context(self.udp_socket())
-            self.sender.connect(LOOPBACK)
+            stack.enter_context(sandbox)
+            self.router, self.hosts = sandbox.router, sandbox.hosts
+            self.set_up(stack)
             self.process = self.router.popen(
                 self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             )
@@ -93,16 +94,13 @@ class Arena:
     def __exit__(self, *_: object) -> None:
         self.closing.close()
 
+    def set_up(self, stack: ExitStack) -> None:
+        """What is to be there before the contestant starts."""
+
     def end(self) -> None:
         # Not killed: a profiler that it runs under writes its figures now.
         self.process.terminate()
         self.process.communicate(timeout=DEADLINE)
-
-    def udp_socket(self) -> socket.socket:
-        sock = self.router.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        size_receive_buffer(sock, self.receive_buffer)
-        sock.settimeout(DEADLINE)
-        return sock
 
     def tell(self) -> None:
         """Let the contestant go on."""
@@ -119,14 +117,6 @@ class Arena:
             raise ContestError(f"{self.contestant.label} ended, status {self.process.wait()}")
         return str(line.strip())
 
-    def receive(self, sock: socket.socket) -> None:
-        """Wait for a packet that the contestant lets pass."""
-        try:
-            sock.recv(PACKET_SIZE)
-        except socket.timeout:
-            text = f"{self.contestant.label} let no packet pass for {DEADLINE} seconds"
-            raise ContestError(text) from None
-
     def counters(self) -> Counters:
         table = self.router.run(["cat", "/proc/net/netfilter/nfnetlink_queue"]).stdout
         rows = [list(map(int, line.split())) for line in table.splitlines()]
@@ -140,3 +130,31 @@ class Arena:
             raise ContestError(
                 f"{self.contestant.label}: {queued} should wait, kernel says {found}"
             )
+
+
+class Arena(Stage):
+    """And two UDP sockets joined by loopback and the queue.
+
+    What `sender` sends, and what `receiver` sends back, waits in the queue for a verdict.
+    """
+
+    def set_up(self, stack: ExitStack) -> None:
+        self.router.rule("INPUT", "-i", "lo", "-p", "udp", queue=QUEUE)
+        self.receiver = stack.enter_context(self.udp_socket())
+        self.receiver.bind(LOOPBACK)
+        self.sender = stack.enter_context(self.udp_socket())
+        self.sender.connect(LOOPBACK)
+
+    def udp_socket(self) -> socket.socket:
+        sock = self.router.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        size_receive_buffer(sock, self.receive_buffer)
+        sock.settimeout(DEADLINE)
+        return sock
+
+    def receive(self, sock: socket.socket) -> None:
+        """Wait for a packet that the contestant lets pass."""
+        try:
+            sock.recv(PACKET_SIZE)
+        except socket.timeout:
+            text = f"{self.contestant.label} let no packet pass for {DEADLINE} seconds"
+            raise ContestError(text) from None

@@ -60,10 +60,10 @@ def run(options: argparse.Namespace, contestants: Sequence[Contestant]) -> Resul
     return result
 
 
-def capacity(packets: int) -> int:
-    """How many small packets the receive buffer holds that the user may have for this many."""
+def capacity(packets: int, charge: int = CHARGE) -> int:
+    """How many packets the receive buffer holds that the user may have for this many."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        return size_receive_buffer(sock, packets * CHARGE) // CHARGE
+        return size_receive_buffer(sock, packets * charge) // charge
 
 
 def drain(contestant: Contestant, verdict: str, packets: int) -> float:

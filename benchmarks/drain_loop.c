@@ -2,7 +2,7 @@
  * The limit: what the kernel allows a program that reads up to 32 packets with one recvmmsg(),
  * gives each the same verdict and sends the 32 verdicts with one send().
  *
- *     drain_loop drain|serve drop|accept QUEUE MAX_LEN RECEIVE_BUFFER
+ *     drain_loop drain|serve drop|accept|mangle QUEUE MAX_LEN RECEIVE_BUFFER [gso]
  *
  * The command line and the dialogue on standard input and output are those of classic_api.py.
  */
@@ -28,10 +28,14 @@
     (MNL_NLMSG_HDRLEN + MNL_ALIGN(sizeof(struct nfgenmsg)) + MNL_ATTR_HDRLEN +                   \
      MNL_ALIGN(sizeof(struct nfqnl_msg_verdict_hdr)))
 
+/* Of IPv4 and UDP. */
+#define HEADERS 28
+
 struct loop {
     int fd;
     uint16_t queue;
     uint32_t verdict;
+    bool mangle;
     struct mmsghdr headers[BATCH];
     struct iovec slots[BATCH];
 };
@@ -57,14 +61,14 @@ static uint64_t number(const char *text, uint64_t most)
     return value;
 }
 
-/* Whether the word is the second of the two. */
-static bool choice(const char *word, const char *first, const char *second)
+/* Which of the words it is. */
+static int choice(const char *word, const char *const words[])
 {
-    if (strcmp(word, first) && strcmp(word, second)) {
-        errno = EINVAL;
-        fail(word);
-    }
-    return !strcmp(word, second);
+    for (int i = 0; words[i]; i++)
+        if (!strcmp(word, words[i]))
+            return i;
+    errno = EINVAL;
+    fail(word);
 }
 
 static struct nlmsghdr *put_header(void *at, uint16_t type, uint16_t flags, uint16_t queue)
@@ -79,7 +83,7 @@ static struct nlmsghdr *put_header(void *at, uint16_t type, uint16_t flags, uint
     return message;
 }
 
-static void bind_queue(struct mnl_socket *netlink, uint16_t queue, uint32_t max_len)
+static void bind_queue(struct mnl_socket *netlink, uint16_t queue, uint32_t max_len, uint32_t flags)
 {
     char buffer[1024];
     struct nfqnl_msg_config_cmd command = {.command = NFQNL_CFG_CMD_BIND};
@@ -89,6 +93,8 @@ static void bind_queue(struct mnl_socket *netlink, uint16_t queue, uint32_t max_
     mnl_attr_put(message, NFQA_CFG_CMD, sizeof(command), &command);
     mnl_attr_put(message, NFQA_CFG_PARAMS, sizeof(params), &params);
     mnl_attr_put_u32(message, NFQA_CFG_QUEUE_MAXLEN, htonl(max_len));
+    mnl_attr_put_u32(message, NFQA_CFG_MASK, htonl(flags));
+    mnl_attr_put_u32(message, NFQA_CFG_FLAGS, htonl(flags));
     if (mnl_socket_sendto(netlink, message, message->nlmsg_len) < 0)
         fail("bind: send");
 
@@ -97,7 +103,7 @@ static void bind_queue(struct mnl_socket *netlink, uint16_t queue, uint32_t max_
         fail("bind");
 }
 
-static int open_queue(uint16_t queue, uint32_t max_len, int receive_buffer)
+static int open_queue(uint16_t queue, uint32_t max_len, int receive_buffer, uint32_t flags)
 {
     struct mnl_socket *netlink = mnl_socket_open(NETLINK_NETFILTER);
 
@@ -109,36 +115,46 @@ static int open_queue(uint16_t queue, uint32_t max_len, int receive_buffer)
     if (setsockopt(fd, SOL_SOCKET, SO_RCVBUFFORCE, &receive_buffer, sizeof(receive_buffer)) < 0 &&
         setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &receive_buffer, sizeof(receive_buffer)) < 0)
         fail("receive buffer");
-    bind_queue(netlink, queue, max_len);
+    bind_queue(netlink, queue, max_len, flags);
     return fd;
 }
 
-static uint32_t packet_id(const struct nlmsghdr *message)
+static const struct nlattr *attribute_of(const struct nlmsghdr *packet, uint16_t type)
 {
     const struct nlattr *attribute;
 
-    mnl_attr_for_each(attribute, message, sizeof(struct nfgenmsg))
-        if (mnl_attr_get_type(attribute) == NFQA_PACKET_HDR) {
-            const struct nfqnl_msg_packet_hdr *header = mnl_attr_get_payload(attribute);
-            return header->packet_id; /* stays big endian: the verdict wants it so */
-        }
+    mnl_attr_for_each(attribute, packet, sizeof(struct nfgenmsg))
+        if (mnl_attr_get_type(attribute) == type)
+            return attribute;
     errno = EBADMSG;
-    fail("packet without an id");
+    fail("packet without an id or a payload");
 }
 
-static void *put_verdict(const struct loop *loop, void *at, uint32_t id)
+static void *put_verdict(const struct loop *loop, void *at, const struct nlmsghdr *packet)
 {
     struct nlmsghdr *message = put_header(at, NFQNL_MSG_VERDICT, 0, loop->queue);
-    struct nfqnl_msg_verdict_hdr verdict = {.verdict = loop->verdict, .id = id};
+    const struct nfqnl_msg_packet_hdr *header =
+        mnl_attr_get_payload(attribute_of(packet, NFQA_PACKET_HDR));
+    /* The id is big endian here and there. */
+    struct nfqnl_msg_verdict_hdr verdict = {.verdict = loop->verdict, .id = header->packet_id};
 
     mnl_attr_put(message, NFQA_VERDICT_HDR, sizeof(verdict), &verdict);
+    if (loop->mangle) {
+        const struct nlattr *payload = attribute_of(packet, NFQA_PAYLOAD);
+        uint16_t length = mnl_attr_get_payload_len(payload);
+        char *copy = (char *)mnl_nlmsg_get_payload_tail(message) + MNL_ATTR_HDRLEN;
+
+        mnl_attr_put(message, NFQA_PAYLOAD, length, mnl_attr_get_payload(payload));
+        if (length > HEADERS)
+            memset(copy + HEADERS, 'x', length - HEADERS);
+    }
     return mnl_nlmsg_get_payload_tail(message);
 }
 
 /* Decides packets until none is pending (MSG_DONTWAIT), or for ever. */
 static void run(struct loop *loop, int flags)
 {
-    char verdicts[BATCH * VERDICT_SIZE];
+    static char verdicts[BATCH * (VERDICT_SIZE + SLOT)];
 
     for (;;) {
         int count = recvmmsg(loop->fd, loop->headers, BATCH, MSG_WAITFORONE | flags, NULL);
@@ -149,7 +165,7 @@ static void run(struct loop *loop, int flags)
         }
         char *end = verdicts;
         for (int i = 0; i < count; i++)
-            end = put_verdict(loop, end, packet_id((struct nlmsghdr *)slab[i]));
+            end = put_verdict(loop, end, (struct nlmsghdr *)slab[i]);
         if (send(loop->fd, verdicts, end - verdicts, 0) < 0)
             fail("send");
     }
@@ -165,21 +181,27 @@ static double now(void)
 
 int main(int argc, char **argv)
 {
-    if (argc != 6) {
-        fputs("usage: drain_loop drain|serve drop|accept QUEUE MAX_LEN RECEIVE_BUFFER\n", stderr);
+    if (argc != 6 && argc != 7) {
+        fputs("usage: drain_loop drain|serve drop|accept|mangle QUEUE MAX_LEN RECEIVE_BUFFER [gso]\n",
+              stderr);
         return 2;
     }
+    int verdict = choice(argv[2], (const char *[]){"drop", "accept", "mangle", NULL});
     struct loop loop = {
         .queue = number(argv[3], UINT16_MAX),
-        .verdict = htonl(choice(argv[2], "drop", "accept") ? NF_ACCEPT : NF_DROP),
+        .verdict = htonl(verdict ? NF_ACCEPT : NF_DROP),
+        .mangle = verdict == 2,
     };
-    bool serve = choice(argv[1], "drain", "serve");
+    bool serve = choice(argv[1], (const char *[]){"drain", "serve", NULL});
+    if (argc == 7)
+        choice(argv[6], (const char *[]){"gso", NULL});
 
     for (int i = 0; i < BATCH; i++) {
         loop.slots[i] = (struct iovec){.iov_base = slab[i], .iov_len = SLOT};
         loop.headers[i].msg_hdr = (struct msghdr){.msg_iov = &loop.slots[i], .msg_iovlen = 1};
     }
-    loop.fd = open_queue(loop.queue, number(argv[4], UINT32_MAX), number(argv[5], INT32_MAX));
+    loop.fd = open_queue(loop.queue, number(argv[4], UINT32_MAX), number(argv[5], INT32_MAX),
+                         argc == 7 ? NFQA_CFG_F_GSO : 0);
 
     puts("ready");
     fflush(stdout);

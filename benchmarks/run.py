@@ -16,13 +16,15 @@ import idle
 import latency
 import loops
 import lowlevel
+import mangle
 import stopping
+import tcp
 import workers
 from arena import ContestError
 from contest import Contestant, Result, positive
 from netfilterqueue.testing import SandboxUnavailable
 
-BENCHMARKS = (drain, latency, idle, loops, lowlevel, stopping, workers)
+BENCHMARKS = (drain, mangle, tcp, latency, idle, loops, lowlevel, stopping, workers)
 CONTESTANTS = ("this", "classic", "c")
 
 
