@@ -113,12 +113,22 @@ def simple_packets(*ids: int, queue_num: int = 0) -> list[bytes]:
     ]
 
 
-def unbind_request(queue_num: int) -> bytes:
-    """What a program sends to give a queue up, without asking for an answer."""
-    command = attribute(NFQA_CFG_CMD, struct.pack("!BBH", NFQNL_CFG_CMD_UNBIND, 0, 0))
-    body = FAMILY_HEADER.pack(socket.AF_UNSPEC, 0, queue_num) + command
+def request(kind: int, queue_num: int, body: bytes) -> bytes:
+    """What a program sends to the kernel, without asking for an answer."""
+    body = FAMILY_HEADER.pack(socket.AF_UNSPEC, 0, queue_num) + body
     length = MESSAGE_HEADER.size + len(body)
-    return MESSAGE_HEADER.pack(length, CONFIG, NLM_F_REQUEST, 0, 0) + body
+    return MESSAGE_HEADER.pack(length, kind, NLM_F_REQUEST, 0, 0) + body
+
+
+def unbind_request(queue_num: int) -> bytes:
+    """What a program sends to give a queue up."""
+    command = attribute(NFQA_CFG_CMD, struct.pack("!BBH", NFQNL_CFG_CMD_UNBIND, 0, 0))
+    return request(CONFIG, queue_num, command)
+
+
+def verdict_request(queue_num: int, id: int, verdict: int) -> bytes:
+    """A verdict on a packet, which need not exist."""
+    return request(VERDICT, queue_num, attribute(NFQA.VERDICT_HDR, struct.pack("!II", verdict, id)))
 
 
 # Taken apart: verdict messages
