@@ -42,6 +42,8 @@ cdef enum:
     LARGEST_RANGE = 65535
     # The kernel's buffer, where nobody asks for another size: never more than this.
     DEFAULT_NLBUF = 8192
+    # What the kernel keeps at the end of a buffer (struct skb_shared_info), no more than this.
+    BUFFER_RECORD = 1024
 
 
 class NflogError(Exception):
@@ -534,11 +536,11 @@ cdef class Messages:
         self.close()
 
 
-cdef size_t longest_datagram(size_t asked):
+cdef size_t longest_datagram(size_t asked) noexcept:
     """The kernel makes its buffer as large as asked, or as one message needs, and then uses what
-    its allocator gives beyond that: up to the next power of two."""
+    its allocator gives beyond that: up to the next power of two, its own record included."""
     cdef size_t size = 4096
-    while size < asked:
+    while size < asked + BUFFER_RECORD:
         size *= 2
     return size
 

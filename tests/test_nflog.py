@@ -183,6 +183,18 @@ def test_largest_packets_are_whole(nlbuf: int, group: int, logged: Callable[...,
         assert log.lost == 0
 
 
+def test_buffer_is_read_to_its_end(group: int, logged: Callable[..., UdpFlow]) -> None:
+    """The kernel also fills what its allocator gave beyond `nlbuf`."""
+    flow = logged()
+    with nflogr.open(group, nlbuf=131072, qthresh=10000, timeout=10) as log:
+        flood(flow, 400, bytes(1000))
+        came_together = log.queue()
+        assert came_together * 1000 > 131072
+        messages = list(itertools.islice(log, came_together))
+        assert [data.seq for data in messages] == [*range(came_together)]
+        assert {len(sent(data)) for data in messages} == {1000}
+
+
 def nft(router: Node, *commands: str) -> None:
     for command in commands:
         router.run(["nft", *command.split()])
@@ -211,9 +223,9 @@ def test_bridge_and_netdev_families(group: int, router: Node, traffic: Traffic) 
 # Many messages
 
 
-def flood(flow: UdpFlow, count: int) -> None:
+def flood(flow: UdpFlow, count: int, payload: bytes = b"x") -> None:
     for _ in range(count):
-        flow.sender.send(b"x")
+        flow.sender.send(payload)
 
 
 # Not a thread: two that wait for each other's GIL would take minutes.
