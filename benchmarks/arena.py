@@ -55,26 +55,15 @@ def may_force_buffers() -> bool:
 
 
 class Stage:
-    """A contestant in a sandbox, with its queue bound. No rule leads there yet.
+    """A contestant in a sandbox.
 
     For the machine's root the sandbox has no user namespace: inside one, nobody may exceed
     rmem_max.
     """
 
-    def __init__(
-        self,
-        contestant: Contestant,
-        job: str,
-        verdict: str,
-        *,
-        max_len: int = 1024,
-        receive_buffer: int = 1 << 21,
-        flags: Sequence[str] = (),
-    ) -> None:
+    def __init__(self, contestant: Contestant, *arguments: object) -> None:
         self.contestant = contestant
-        arguments = map(str, (job, verdict, QUEUE, max_len, receive_buffer, *flags))
-        self.command = [*contestant.command, *arguments]
-        self.receive_buffer = receive_buffer
+        self.command = [*contestant.command, *map(str, arguments)]
 
     def __enter__(self: Self) -> Self:
         with ExitStack() as stack:
@@ -117,10 +106,30 @@ class Stage:
             raise ContestError(f"{self.contestant.label} ended, status {self.process.wait()}")
         return str(line.strip())
 
+    def rows(self, table: str) -> list[list[int]]:
+        """A table of numbers in /proc/net/netfilter."""
+        text = self.router.run(["cat", f"/proc/net/netfilter/{table}"]).stdout
+        return [list(map(int, line.split())) for line in text.splitlines()]
+
+
+class QueueStage(Stage):
+    """A contestant with its queue bound. No rule leads there yet."""
+
+    def __init__(
+        self,
+        contestant: Contestant,
+        job: str,
+        verdict: str,
+        *,
+        max_len: int = 1024,
+        receive_buffer: int = 1 << 21,
+        flags: Sequence[str] = (),
+    ) -> None:
+        super().__init__(contestant, job, verdict, QUEUE, max_len, receive_buffer, *flags)
+        self.receive_buffer = receive_buffer
+
     def counters(self) -> Counters:
-        table = self.router.run(["cat", "/proc/net/netfilter/nfnetlink_queue"]).stdout
-        rows = [list(map(int, line.split())) for line in table.splitlines()]
-        row = next(row for row in rows if row[0] == QUEUE)
+        row = next(row for row in self.rows("nfnetlink_queue") if row[0] == QUEUE)
         return Counters(queued=row[2], dropped=row[5], dropped_by_socket=row[6])
 
     def expect(self, queued: int) -> None:
@@ -132,7 +141,7 @@ class Stage:
             )
 
 
-class Arena(Stage):
+class Arena(QueueStage):
     """And two UDP sockets joined by loopback and the queue.
 
     What `sender` sends, and what `receiver` sends back, waits in the queue for a verdict.

@@ -74,7 +74,9 @@ class Result:
         for measure, samples in self.samples.items():
             for key, values in samples.items():
                 ratios = [
-                    "" if key == reference else self.ratio(measure, key, reference).text(2)
+                    self.ratio(measure, key, reference).text(2)
+                    if key != reference and reference in samples
+                    else ""
                     for reference in references
                 ]
                 rows.append(

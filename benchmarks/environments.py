@@ -6,6 +6,7 @@ file, another Python or other compiler flags are built anew, and nothing stale i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -22,6 +23,9 @@ CACHE = Path(
     os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "netfilterqueue-benchmarks"
 )
 CLASSIC = "NetfilterQueue==1.1.0"
+NFLOGR = "nflogr==0.2.12"
+# On later ones every message raises a SystemError.
+PYTHONS_FOR_NFLOGR = ("3.9", "3.8", "3.7", "3.6")
 PYTHON = platform.python_version()
 # What `pip install` of the tree reads.
 SOURCES = (
@@ -67,15 +71,34 @@ def classic_library() -> Path:
     return path / "bin" / "python"
 
 
-def drain_loop() -> Path:
-    """The C program, compiled."""
-    source = HERE / "drain_loop.c"
+def nflogr() -> Path:
+    """The interpreter of an environment that has nflogr from PyPI: an old Python's."""
+    python = python_for_nflogr()
+    parts = [python.encode(), NFLOGR.encode()]
+    path = built("nflogr", parts, lambda path: make_environment(path, NFLOGR, python))
+    return path / "bin" / "python"
+
+
+def python_for_nflogr() -> str:
+    for version in PYTHONS_FOR_NFLOGR:
+        managed = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python3"))
+        for candidate in (f"python{version}", *map(str, managed)):
+            # A version manager's stand-in for a Python that is not there fails: it is none.
+            with contextlib.suppress(CannotBuild):
+                run([candidate, "-c", ""])
+                return candidate
+    raise CannotBuild(f"{NFLOGR} takes Python 3.9 or earlier, and there is none")
+
+
+def c_program(name: str) -> Path:
+    """A C program of this directory, compiled."""
+    source = HERE / f"{name}.c"
     compiler = os.environ.get("CC", "cc")
 
     def build(path: Path) -> None:
         run([compiler, "-O2", "-o", path, source, "-lmnl"])
 
-    return built("drain_loop", [compiler.encode(), source.read_bytes()], build)
+    return built(name, [compiler.encode(), source.read_bytes()], build)
 
 
 def source_files(path: Path) -> Iterator[Path]:
@@ -113,9 +136,9 @@ def built(name: str, parts: list[bytes], build: Callable[[Path], None]) -> Path:
     return path
 
 
-def make_environment(path: Path, requirement: str) -> None:
+def make_environment(path: Path, requirement: str, python: str = sys.executable) -> None:
     try:
-        run([sys.executable, "-m", "venv", path])
+        run([python, "-m", "venv", path])
     except CannotBuild as error:
         raise CannotBuild(f"{error}\nDebian keeps the module venv in python3-venv.") from None
     # pip's cache does not know with which compiler flags a wheel was made.

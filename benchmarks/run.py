@@ -17,6 +17,7 @@ import latency
 import loops
 import lowlevel
 import mangle
+import nflog
 import stopping
 import tcp
 import workers
@@ -24,7 +25,7 @@ from arena import ContestError
 from contest import Contestant, Result, positive
 from netfilterqueue.testing import SandboxUnavailable
 
-BENCHMARKS = (drain, mangle, tcp, latency, idle, loops, lowlevel, stopping, workers)
+BENCHMARKS = (drain, mangle, tcp, latency, idle, loops, lowlevel, nflog, stopping, workers)
 CONTESTANTS = ("this", "classic", "c")
 
 
@@ -36,7 +37,7 @@ def contestant(key: str, under: list[str]) -> Contestant:
     elif key == "classic":
         label, command = "NetfilterQueue 1.1.0", [str(environments.classic_library()), *script]
     else:
-        label, command = "C loop", [str(environments.drain_loop())]
+        label, command = "C loop", [str(environments.c_program("drain_loop"))]
     return Contestant(key, label, (*under, *command))
 
 

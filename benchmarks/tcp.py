@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from arena import DEADLINE, QUEUE, ContestError, Stage
+from arena import DEADLINE, QUEUE, ContestError, QueueStage
 from contest import Contestant, Result, turns
 from netfilterqueue.testing import Node
 
@@ -70,7 +70,7 @@ def with_gso(contestant: Contestant) -> Contestant:
 def transfer(contestant: Contestant, seconds: float) -> float:
     """The rate at which data arrived, in bits a second."""
     flags = (GSO,) if contestant.key.endswith(GSO) else ()
-    with Stage(
+    with QueueStage(
         contestant,
         "serve",
         "accept",

@@ -23,6 +23,9 @@ cdef class Nflog:
     cdef int remaining              # messages of it not looked at
     cdef int slot                   # next datagram of it
     cdef Cursor rest                # of the datagram at hand
+    cdef bint begins                # none of its messages was looked at
+    cdef NflogData older            # the two messages of it handed out last
+    cdef NflogData newer
     cdef list lent                  # the two latest slabs that messages were handed out from
     cdef bint sequenced             # messages are numbered: FLAG_SEQ
     cdef uint32_t next_seq          # of the next message, if none is missed
@@ -39,7 +42,9 @@ cdef class Nflog:
     cdef bint fill(self, bint wait) except -1
     cdef int take(self, Slab slab) except -1
     cdef NflogData next_read(self)
+    cdef NflogData hand_out(self, const nlmsghdr *message, size_t length)
     cdef bint begin_slab(self) except -1
+    cdef int begin_datagram(self, int slot) except -1
     cdef int end_slab(self) except -1
     cdef int note_seq(self, const nlmsghdr *message, size_t length) noexcept
     cdef int note_overruns(self) except -1

@@ -24,6 +24,11 @@ from netfilterqueue._advice import open_refused, open_unanswered
 from netfilterqueue._arguments import MAX_RECEIVE_BUFFER, integer
 from netfilterqueue.constants import COPY_PACKET
 
+cdef extern from "Python.h":
+    # Cython's own declaration takes an object: Cython would hold another reference to it.
+    Py_ssize_t references_to "Py_REFCNT"(void *object)
+
+
 FLAG_SEQ = NFULNL_CFG_F_SEQ
 FLAG_SEQ_GLOBAL = NFULNL_CFG_F_SEQ_GLOBAL
 FLAG_CONNTRACK = NFULNL_CFG_F_CONNTRACK
@@ -36,7 +41,7 @@ ENOBUFS_DISABLE = 2
 cdef enum:
     # Datagrams of one read, at the most, and about how many bytes of them.
     SLOTS = 32
-    READ_SIZE = 0x40000
+    READ_SIZE = 0x20000
     # About what a message takes whose packet is small.
     SMALL_MESSAGE = 256
     LARGEST_RANGE = 65535
@@ -136,9 +141,9 @@ cdef class Nflog:
         wanted.flags = options.flags
         if options.copymode == COPY_PACKET:
             longest = options.range or LARGEST_RANGE
-        self.channel.shape(slots_for(options.qthresh),
-                           longest_datagram(max(options.nlbuf or DEFAULT_NLBUF,
-                                                ATTRIBUTE_ROOM + longest)))
+        nlbuf = options.nlbuf or DEFAULT_NLBUF
+        self.channel.shape(slots_for(min(options.qthresh * SMALL_MESSAGE, nlbuf)),
+                           longest_datagram(max(nlbuf, ATTRIBUTE_ROOM + longest)))
         self.channel.look_back(True)
         if options.rcvbuf:
             self.channel.size_receive_buffer(options.rcvbuf)
@@ -382,23 +387,34 @@ cdef class Nflog:
         while self.remaining or self.begin_slab():
             message = next_message(&self.rest, &length)
             if message is NULL:
-                self.slot += 1
-                self.rest = self.slab.datagram(self.slot)
+                self.begin_datagram(self.slot + 1)
                 continue
             if message.nlmsg_type < NLMSG_MIN_TYPE:
                 continue
             self.remaining -= 1
             self.queued -= 1
-            data = None
-            if is_log(message):
-                if self.sequenced:
-                    self.note_seq(message, length)
-                data = lend(self.slab, message, length)
+            data = self.hand_out(message, length) if is_log(message) else None
             if not self.remaining:
                 self.end_slab()
             if data is not None:
                 return data
         return None
+
+    cdef NflogData hand_out(self, const nlmsghdr *message, size_t length):
+        cdef NflogData data
+        if self.sequenced:
+            self.note_seq(message, length)
+        # A loop still names one message while it asks for the next: what it had before that one
+        # is, mostly, nobody's, and serves again, as zip() does it with its tuples.
+        if self.older is not None and references_to(<void *> self.older) == 1:
+            data = self.older
+            data.message = message
+            data.length = length
+        else:
+            data = lend(self.slab, message, length)
+        self.older = self.newer
+        self.newer = data
+        return data
 
     cdef bint begin_slab(self) except -1:
         cdef Slab slab
@@ -416,18 +432,31 @@ cdef class Nflog:
         self.lent.append(slab)
         self.slab = self.waiting.pop(0)
         self.remaining = self.slab.messages
-        self.slot = 0
-        self.rest = self.slab.datagram(0)
+        self.begin_datagram(0)
         return True
 
+    cdef int begin_datagram(self, int slot) except -1:
+        self.slot = slot
+        self.rest = self.slab.datagram(slot)
+        self.begins = True
+        return 0
+
     cdef int end_slab(self) except -1:
+        self.older = self.newer = None
         self.slab.users -= 1
         self.slab = None
         return 0
 
     cdef int note_seq(self, const nlmsghdr *message, size_t length) noexcept:
+        """Count what is missing before this message. Datagrams get lost, and not messages in the
+        midst of one: so only the number of the first is looked at."""
         cdef uint32_t seq
-        cdef const char *value = sized(find(message, length, NFULA_SEQ), sizeof(uint32_t))
+        cdef const char *value
+        if not self.begins:
+            self.next_seq += 1
+            return 0
+        self.begins = False
+        value = sized(find(message, length, NFULA_SEQ), sizeof(uint32_t))
         if value is NULL:
             return 0
         seq = read_be32(value)
@@ -545,12 +574,12 @@ cdef size_t longest_datagram(size_t asked) noexcept:
     return size
 
 
-cdef unsigned int slots_for(size_t messages) noexcept:
-    """How many datagrams, each of so many messages, one read should take."""
-    cdef size_t slots = SLOTS
-    while slots > 1 and slots * messages * SMALL_MESSAGE > <size_t> READ_SIZE:
+cdef unsigned int slots_for(size_t size) noexcept:
+    """How many datagrams of this size, usually, one read should take."""
+    cdef unsigned int slots = SLOTS
+    while slots > 1 and slots * size > <size_t> READ_SIZE:
         slots //= 2
-    return <unsigned int> slots
+    return slots
 
 
 def open_group(options):

@@ -7,9 +7,7 @@ cdef class NflogData:
     cdef const nlmsghdr *message    # NULL: made by nobody who may
     cdef size_t length              # of the message, bytes
     cdef Slab slab                  # that it is in; None once it is a copy of our own
-    cdef int place                  # in slab.lent; each of them counts among slab.users
-
-    cdef int keep(self) except -1
+    cdef void **place               # in slab.lent; each of them counts among slab.users
 
 
 cdef NflogData lend(Slab slab, const nlmsghdr *message, size_t length)

@@ -37,32 +37,17 @@ cdef class NflogData:
     is None. ``dict(data)`` has them all. They stay readable for as long as the object lives.
     """
 
-    def __cinit__(self):
-        if DEBUG:
-            alive_now.packets += 1
-
     def __init__(self, *args, **kwargs):
         raise TypeError("log messages come from an Nflog handle and cannot be constructed")
 
     def __dealloc__(self):
-        if DEBUG:
+        if DEBUG and self.message is not NULL:
             alive_now.packets -= 1
         if self.slab is not None:
             self.slab.users -= 1
-            self.slab.lent[self.place] = NULL
+            self.place[0] = NULL
         else:
             free(<void *> self.message)
-
-    cdef int keep(self) except -1:
-        """Take a copy of the message: its slab is about to be used again."""
-        cdef void *copy = malloc(self.length)
-        if copy is NULL:
-            raise MemoryError()
-        self.message = <const nlmsghdr *> memcpy(copy, self.message, self.length)
-        self.slab.lent[self.place] = NULL
-        self.slab.users -= 1
-        self.slab = None
-        return 0
 
     def __iter__(self):
         return iter([(name, getattr(self, name)) for name in ATTRIBUTES])
@@ -251,14 +236,28 @@ cdef NflogData lend(Slab slab, const nlmsghdr *message, size_t length):
         if slab.lent is NULL:
             raise MemoryError()
     data = NflogData.__new__(NflogData)
+    if DEBUG:
+        alive_now.packets += 1
     data.message = message
     data.length = length
     data.slab = slab
-    data.place = slab.places
-    slab.lent[slab.places] = <void *> data
+    data.place = &slab.lent[slab.places]
+    data.place[0] = <void *> data
     slab.places += 1
     slab.users += 1
     return data
+
+
+cdef int keep(NflogData data) except -1:
+    """Have it take a copy of its message: its slab is about to be used again."""
+    cdef void *copy = malloc(data.length)
+    if copy is NULL:
+        raise MemoryError()
+    data.message = <const nlmsghdr *> memcpy(copy, data.message, data.length)
+    data.place[0] = NULL
+    data.slab.users -= 1
+    data.slab = None
+    return 0
 
 
 cdef int settle(Slab slab) except -1:
@@ -266,7 +265,7 @@ cdef int settle(Slab slab) except -1:
     cdef int place
     for place in range(slab.places):
         if slab.lent[place] is not NULL:
-            (<NflogData> slab.lent[place]).keep()
+            keep(<NflogData> slab.lent[place])
     free(slab.lent)
     slab.lent = NULL
     slab.places = 0

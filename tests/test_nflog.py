@@ -318,6 +318,19 @@ def test_messages_outlive_their_read(log: Nflog, logged: Callable[..., UdpFlow])
     assert [sent(data) for data in kept if data] == payloads
 
 
+@pytest.mark.parametrize("every", [1, 2, 3, 7])
+def test_messages_that_are_kept_are_not_used_again(
+    every: int, group: int, logged: Callable[..., UdpFlow]
+) -> None:
+    flow = logged()
+    payloads = [b"%d" % number for number in range(300)]
+    with nflogr.open(group, qthresh=15, timeout=0.05) as log:
+        flow.send(*payloads)
+        kept = [data for data in itertools.islice(log, 300) if not (data.seq or 0) % every]
+        assert [sent(data) for data in kept] == payloads[::every]
+        assert len({id(data) for data in kept}) == len(kept)
+
+
 # Overruns
 
 
