@@ -6,9 +6,7 @@ import errno
 import os
 from pathlib import Path
 
-# Of the calling thread's network namespace, which need not be the socket's.
-KERNEL_QUEUES = Path("/proc/thread-self/net/netfilter/nfnetlink_queue")
-KERNEL_LOGS = Path("/proc/thread-self/net/netfilter/nfnetlink_log")
+from netfilterqueue.stats import KERNEL_LOGS, queues_beside, table
 
 CAPABILITY = (
     "CAP_NET_ADMIN is needed in the socket's network namespace: run as root, give the interpreter "
@@ -37,17 +35,22 @@ def has_net_admin() -> bool:
     return bool(int(effective.split()[1], 16) >> CAP_NET_ADMIN & 1)
 
 
-def holder_of(number: int, table: Path) -> int | None:
-    """The port id that has this queue or group bound, or None where it cannot be known."""
+def holder_of_queue(queue_num: int, sockfd: int) -> int | None:
+    """The port id that has this queue bound in the socket's network namespace, or None where it
+    cannot be known."""
     try:
-        rows = table.read_text().splitlines()
+        queue = queues_beside(sockfd).get(queue_num)
     except OSError:
         return None
-    for row in rows:
-        fields = row.split()
-        if len(fields) >= 2 and fields[0] == str(number):
-            return int(fields[1])
-    return None
+    return queue.port_id if queue else None
+
+
+def holder_of_group(group: int) -> int | None:
+    try:
+        row = table(KERNEL_LOGS).get(group)
+    except OSError:
+        return None
+    return row[1] if row else None
 
 
 def name_of(port_id: int) -> str:
@@ -68,18 +71,12 @@ def not_permitted(holder: int | None) -> str:
     return f"the number is taken by {name_of(holder)}; end that program or use another number"
 
 
-def bind_refused(queue_num: int, error: int, own_port_id: int, *, elsewhere: bool) -> OSError:
-    """The exception for a refused bind request; PermissionError where errno is EPERM.
-
-    ``elsewhere``: the socket can belong to another network namespace than the calling thread.
-    """
-    holder = None
-    if error == errno.EPERM and not elsewhere:
-        holder = holder_of(queue_num, KERNEL_QUEUES)
+def bind_refused(queue_num: int, error: int, own_port_id: int, sockfd: int) -> OSError:
+    """The exception for a refused bind request; PermissionError where errno is EPERM."""
     if error == errno.EBUSY:
         why = f"the number is taken by port id {own_port_id}, which is this very socket"
     elif error == errno.EPERM:
-        why = not_permitted(holder)
+        why = not_permitted(holder_of_queue(queue_num, sockfd))
     elif error == errno.EINVAL:
         why = "the kernel lacks NFQUEUE: load it with modprobe nfnetlink_queue"
     else:
@@ -98,7 +95,7 @@ def bind_unanswered(queue_num: int) -> OSError:
 def open_refused(group: int, error: int) -> OSError:
     """The exception for a refused log group; PermissionError where errno is EPERM."""
     if error == errno.EPERM:
-        why = not_permitted(holder_of(group, KERNEL_LOGS))
+        why = not_permitted(holder_of_group(group))
     elif error == errno.EINVAL:
         why = "the kernel lacks NFLOG: load it with modprobe nfnetlink_log"
     elif error == errno.EOPNOTSUPP:

@@ -80,6 +80,7 @@ cdef class Channel:
     cdef bint looks_back        # see look_back()
     cdef bint nudged            # an acknowledgement that nobody awaits is in the socket
     cdef uint64_t overruns      # how often the kernel said that messages did not fit: ENOBUFS
+    cdef uint64_t lost          # what lost_to_overruns() said last
     cdef uint64_t malformed     # datagrams, or ends of them, that are no netlink messages
 
     cdef uint32_t port_id(self) except? 0
@@ -108,6 +109,7 @@ cdef class Channel:
     cdef int size_receive_buffer(self, int size) except -1
     cdef int receive_buffer(self) except -1
     cdef int report_overruns(self) except -1
+    cdef uint64_t lost_to_overruns(self) noexcept
     cdef int stamp_packets(self, bint on) except -1
     cdef object interface_name(self, uint32_t index)
     cdef int close(self) except -1

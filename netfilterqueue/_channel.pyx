@@ -12,11 +12,11 @@ from netfilterqueue._uapi cimport close as close_descriptor
 from netfilterqueue._uapi cimport (
     AF_NETLINK, F_DUPFD_CLOEXEC, F_GETFL, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_WAITFORONE,
     NETLINK_CAP_ACK, NETLINK_NETFILTER, NETLINK_NO_ENOBUFS, NLMSG_ERROR, NLMSG_MIN_TYPE,
-    NLMSG_NOOP, NLM_F_ACK, NLM_F_REQUEST, O_NONBLOCK, POLLIN, SIOCGIFNAME, SOCK_CLOEXEC, SOCK_RAW,
-    SOL_NETLINK, SOL_SOCKET, SO_DOMAIN, SO_PROTOCOL, SO_RCVBUF, SO_RCVBUFFORCE, SO_RCVTIMEO,
-    SO_TIMESTAMP, bind, connect, fcntl, getsockname, getsockopt, ifreq, ioctl, mmsghdr,
-    mnl_nlmsg_put_header, nlmsgerr, nlmsghdr, poll, pollfd, recvmmsg, send, setsockopt,
-    sockaddr, sockaddr_nl, socket, socklen_t, timeval,
+    NLMSG_NOOP, NLM_F_ACK, NLM_F_REQUEST, O_NONBLOCK, POLLIN, SIOCGIFNAME, SK_MEMINFO_DROPS,
+    SOCK_CLOEXEC, SOCK_RAW, SOL_NETLINK, SOL_SOCKET, SO_DOMAIN, SO_MEMINFO, SO_PROTOCOL,
+    SO_RCVBUF, SO_RCVBUFFORCE, SO_RCVTIMEO, SO_TIMESTAMP, bind, connect, fcntl, getsockname,
+    getsockopt, ifreq, ioctl, mmsghdr, mnl_nlmsg_put_header, nlmsgerr, nlmsghdr, poll, pollfd,
+    recvmmsg, send, setsockopt, sockaddr, sockaddr_nl, socket, socklen_t, timeval,
 )
 
 import os
@@ -468,6 +468,16 @@ cdef class Channel:
         then drops all that follow, too, until the buffer has been read empty."""
         return set_option(self.fd, SOL_NETLINK, NETLINK_NO_ENOBUFS, 0)
 
+    cdef uint64_t lost_to_overruns(self) noexcept:
+        """How many messages did not fit into the receive buffer, since the socket was opened; once
+        it is closed, what was known then."""
+        cdef uint32_t numbers[SK_MEMINFO_DROPS + 1]
+        cdef socklen_t length = sizeof(numbers)
+        if (getsockopt(self.fd, SOL_SOCKET, SO_MEMINFO, numbers, &length) == 0
+                and length == sizeof(numbers)):
+            self.lost = numbers[SK_MEMINFO_DROPS]
+        return self.lost
+
     cdef int stamp_packets(self, bint on) except -1:
         # The kernel stamps packets only while some socket on the host asks for it.
         set_option(self.fd, SOL_SOCKET, SO_TIMESTAMP, on)
@@ -491,6 +501,7 @@ cdef class Channel:
 
     cdef int close(self) except -1:
         cdef int fd = self.fd
+        self.lost_to_overruns()
         self.fd = -1
         self.slabs = []
         if fd >= 0:

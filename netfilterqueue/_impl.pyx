@@ -2,7 +2,7 @@
 cimport cython
 from cpython.object cimport PyTypeObject
 from libc.errno cimport ENOBUFS, ENODEV, EOPNOTSUPP
-from libc.stdint cimport uint8_t, uint32_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from posix.types cimport pid_t
 
 from netfilterqueue._channel cimport BUFFER_SIZE as COMPILED_BUFFER_SIZE
@@ -32,7 +32,9 @@ from netfilterqueue._advice import (
     bind_refused, bind_unanswered, flags_lacking, refused, unbind_refused,
 )
 from netfilterqueue._arguments import MAX_INT, MAX_UINT32, check_bind, copy_mode, integer
+from netfilterqueue._netns import open_socket
 from netfilterqueue.constants import Verdict
+from netfilterqueue.stats import QueueStats, queues_beside
 
 BUFFER_SIZE = COMPILED_BUFFER_SIZE
 
@@ -64,11 +66,15 @@ cdef class NetfilterQueue(Receiver):
     ``bind`` to a queue number, ``run`` a callback for each packet, ``unbind``. In a subclass,
     overriding ``handle`` does instead of a callback. As a context manager it closes itself.
 
+    ``netns``: serve the queue of another network namespace: that of a process (its pid), of a
+    path such as /run/netns/blue, or of a descriptor that is open, also as an object with fileno().
     ``sockfd``: a netlink socket of the netfilter family that somebody else opened, perhaps in
     another network namespace; a duplicate of it is used. ``af`` is there for programs that pass
     it: the kernel has long since ceased to tell queues by address family.
 
-    Raises OSError if no socket can be opened and ValueError if ``sockfd`` is not such a socket.
+    Raises OSError if no socket can be opened, ValueError if ``sockfd`` is not such a socket or
+    ``netns`` no such namespace, or both are given, PermissionError if the namespace is closed to
+    this process: to enter takes CAP_SYS_ADMIN.
     """
 
     COPY_NONE = constants.COPY_NONE
@@ -76,7 +82,6 @@ cdef class NetfilterQueue(Receiver):
     COPY_PACKET = constants.COPY_PACKET
 
     cdef object __weakref__
-    cdef bint adopted           # its socket is somebody else's, perhaps of another namespace
     cdef object transition      # RLock: bind, unbind and close, one at a time
     cdef int queue_num
     cdef pid_t bound_by         # a forked child must not unbind its parent's queue
@@ -87,12 +92,21 @@ cdef class NetfilterQueue(Receiver):
         self.transition = threading.RLock()
         live_queues[id(self)] = self
 
-    def __init__(self, *, af=socket.AF_INET, sockfd=-1):
+    def __init__(self, *, af=socket.AF_INET, sockfd=-1, netns=None):
         descriptor = integer("sockfd", sockfd, -1, MAX_INT)
+        if netns is not None and descriptor >= 0:
+            raise ValueError("sockfd and netns exclude each other: a socket belongs to the network "
+                             "namespace that it was opened in")
         if self.channel is not None:
             raise RuntimeError("this queue has a socket already: call __init__ once, and first")
-        self.channel = Channel(descriptor)
-        self.adopted = descriptor >= 0
+        if netns is None:
+            self.channel = Channel(descriptor)
+            return
+        descriptor = open_socket(netns)
+        try:
+            self.channel = Channel(descriptor)
+        finally:
+            close(descriptor)
 
     def __del__(self):
         self.close()
@@ -200,7 +214,7 @@ cdef class NetfilterQueue(Receiver):
             raise flags_lacking(f"create queue {binding.queue_num}",
                                 self.which_lack(binding.queue_num, binding.flags))
         if error:
-            raise bind_refused(binding.queue_num, error, channel.port_id(), elsewhere=self.adopted)
+            raise bind_refused(binding.queue_num, error, channel.port_id(), channel.fd)
         self.queue_num = binding.queue_num
         self.callback = binding.callback
         self.bound_by = getpid()
@@ -323,6 +337,7 @@ cdef class NetfilterQueue(Receiver):
             try:
                 outbox.close()
             finally:
+                self.count_verdicts(outbox)
                 self.forget_batches()
                 self.release_queue()
 
@@ -354,6 +369,7 @@ cdef class NetfilterQueue(Receiver):
                     self.outbox = None
                     self.forget_batches()
                     outbox.close()
+                    self.count_verdicts(outbox)
                 self.unbind()
             finally:
                 if self.channel is not None:
@@ -483,6 +499,53 @@ cdef class NetfilterQueue(Receiver):
         self.stops += 1
         if self.channel is not None and (self.channel.readers > 0 or self.awaiting):
             self.channel.wake()
+
+    # Statistics
+
+    def stats(self):
+        """What was counted since this object was made, as ``netfilterqueue.stats.QueueStats``."""
+        cdef uint64_t malformed = self.tally.skipped.malformed
+        cdef uint64_t overruns = 0
+        if self.channel is not None:
+            malformed += self.channel.malformed
+            overruns = self.channel.lost_to_overruns()
+        return QueueStats(
+            packets=self.tally.packets,
+            bytes=self.tally.bytes,
+            batches=self.tally.batches,
+            truncated=self.tally.truncated,
+            verdicts=self.verdicts_given(),
+            verdict_errors=dict(self.verdict_errors),
+            request_errors=self.request_errors,
+            overruns=overruns,
+            malformed=malformed,
+            foreign=self.tally.skipped.foreign,
+            broken_attributes=self.tally.skipped.broken_attributes,
+            unread_attributes=self.tally.skipped.unread_attributes,
+            kernel=self.kernel_queue(),
+        )
+
+    cdef dict verdicts_given(self):
+        cdef Outbox outbox = self.outbox
+        cdef int kind
+        cdef dict counts = {}
+        for verdict in Verdict:
+            kind = verdict
+            counts[verdict] = self.given[kind]
+            if outbox is not None:
+                counts[verdict] += outbox.waiting.given[kind]
+        # It cannot be given.
+        del counts[Verdict.STOLEN]
+        return counts
+
+    cdef object kernel_queue(self):
+        """The kernel's row of the queue; None where it is not bound, or that cannot be read."""
+        if self.outbox is None:
+            return None
+        try:
+            return queues_beside(self.channel.fd).get(self.queue_num)
+        except OSError:
+            return None
 
     # What all of these share
 

@@ -146,7 +146,7 @@ cdef class NetfilterQueueHandle(Receiver):
         queue.callback = callback
         queue.bound_by = getpid()
         if queue.number in self.queues:
-            raise bind_refused(queue.number, EBUSY, self.channel.port_id(), elsewhere=False)
+            raise bind_refused(queue.number, EBUSY, self.channel.port_id(), self.channel.fd)
         # First of all: another thread may receive its packets before this one has the answer.
         self.queues[queue.number] = queue
         try:
@@ -155,7 +155,7 @@ cdef class NetfilterQueueHandle(Receiver):
             if error == ENOBUFS:
                 raise bind_unanswered(queue.number)
             if error:
-                raise bind_refused(queue.number, error, self.channel.port_id(), elsewhere=False)
+                raise bind_refused(queue.number, error, self.channel.port_id(), self.channel.fd)
         except BaseException as failure:
             del self.queues[queue.number]
             if not isinstance(failure, OSError):
@@ -271,7 +271,7 @@ cdef class NetfilterQueueHandle(Receiver):
         cdef Registration queue = self.queues.get(packet.fields.queue_num)
         cdef NetfilterQueueData data
         if queue is None:
-            self.tally.foreign += 1
+            self.tally.skipped.foreign += 1
             return 0
         data = NetfilterQueueData.__new__(NetfilterQueueData)
         data.packet = packet

@@ -11,16 +11,17 @@ from netfilterqueue._netlink cimport (
     put_attribute, put_be16, put_be32, read_be16, read_be32, read_be64, type_of, value_of,
 )
 from netfilterqueue._uapi cimport (
-    AF_UNSPEC, CTA_LABELS, CTA_MARK, NFNETLINK_V0, NFNL_SUBSYS_QUEUE, NFQA_CAP_LEN, NFQA_CFG_FLAGS,
-    NFQA_CFG_MASK, NFQA_CGROUP_CLASSID, NFQA_CT, NFQA_CT_INFO, NFQA_GID, NFQA_HWADDR,
-    NFQA_IFINDEX_INDEV, NFQA_IFINDEX_OUTDEV, NFQA_IFINDEX_PHYSINDEV, NFQA_IFINDEX_PHYSOUTDEV,
-    NFQA_L2HDR, NFQA_MARK, NFQA_PACKET_HDR, NFQA_PAYLOAD, NFQA_PRIORITY, NFQA_SECCTX, NFQA_SKB_INFO,
-    NFQA_TIMESTAMP, NFQA_UID, NFQA_VERDICT_HDR, NFQA_VLAN, NFQA_VLAN_PROTO, NFQA_VLAN_TCI,
-    NFQNL_CFG_CMD_BIND, NFQNL_CFG_CMD_UNBIND, NFQNL_MSG_CONFIG, NFQNL_MSG_PACKET, NFQNL_MSG_VERDICT,
+    AF_UNSPEC, CTA_LABELS, CTA_MARK, NFNETLINK_V0, NFNL_SUBSYS_QUEUE, NFQA_CAP_LEN,
+    NFQA_CFG_FLAGS, NFQA_CFG_MASK, NFQA_CGROUP_CLASSID, NFQA_CT, NFQA_CT_INFO, NFQA_EXP,
+    NFQA_GID, NFQA_HWADDR, NFQA_IFINDEX_INDEV, NFQA_IFINDEX_OUTDEV, NFQA_IFINDEX_PHYSINDEV,
+    NFQA_IFINDEX_PHYSOUTDEV, NFQA_L2HDR, NFQA_MARK, NFQA_PACKET_HDR, NFQA_PAYLOAD,
+    NFQA_PRIORITY, NFQA_SECCTX, NFQA_SKB_INFO, NFQA_TIMESTAMP, NFQA_UID, NFQA_UNSPEC,
+    NFQA_VERDICT_HDR, NFQA_VLAN, NFQA_VLAN_PROTO, NFQA_VLAN_TCI, NFQNL_CFG_CMD_BIND,
+    NFQNL_CFG_CMD_UNBIND, NFQNL_MSG_CONFIG, NFQNL_MSG_PACKET, NFQNL_MSG_VERDICT,
     NFQNL_MSG_VERDICT_BATCH, NLM_F_ACK, NLM_F_REQUEST, htonl, htons, nfgenmsg,
     nfq_nlmsg_cfg_put_cmd, nfq_nlmsg_cfg_put_params, nfq_nlmsg_cfg_put_qmaxlen, nfq_nlmsg_put,
-    nfqnl_msg_packet_hdr, nfqnl_msg_packet_hw, nfqnl_msg_packet_timestamp, nfqnl_msg_verdict_hdr,
-    nlattr, nlmsghdr, ntohs,
+    nfqnl_msg_packet_hdr, nfqnl_msg_packet_hw, nfqnl_msg_packet_timestamp,
+    nfqnl_msg_verdict_hdr, nlattr, nlmsghdr, ntohs,
 )
 
 
@@ -247,12 +248,28 @@ cdef inline bint decode_attribute(const nlattr *attribute, PacketFields *fields,
     return is_rare(kind) and note_rare(attribute, fields)
 
 
+cdef struct Skipped:
+    uint64_t foreign            # messages that are no packets
+    uint64_t malformed          # packet messages without a readable header
+    uint64_t broken_attributes  # of a length that their type cannot have
+    uint64_t unread_attributes  # of types that are not read here
+
+
+cdef inline void note_skipped(const nlattr *attribute, Skipped *skipped) noexcept nogil:
+    cdef uint16_t kind = type_of(attribute)
+    if (kind == NFQA_UNSPEC or kind > NFQA_CGROUP_CLASSID or kind == NFQA_VERDICT_HDR
+            or kind == NFQA_EXP):
+        skipped.unread_attributes += 1
+    else:
+        skipped.broken_attributes += 1
+
+
 cdef inline bint decode_packet(const nlmsghdr *message, size_t length, PacketFields *fields,
-                               uint64_t *skipped) noexcept nogil:
+                               Skipped *skipped) noexcept nogil:
     """Decode a packet message of ``length`` bytes; False where it has no readable NFQA_PACKET_HDR,
     without which nothing can be decided.
 
-    Attributes that are broken or unknown add to ``skipped``. Of one that is repeated the last
+    What is broken or unknown is counted as ``skipped``. Of one that is repeated the last
     counts, as everywhere in netlink. The payload comes last, so a message that did not fit into
     the reader's buffer still gives everything but the payload's end.
     """
@@ -270,14 +287,14 @@ cdef inline bint decode_packet(const nlmsghdr *message, size_t length, PacketFie
         if attribute is NULL:
             break
         if not decode_attribute(attribute, fields, &identified):
-            skipped[0] += 1
+            note_skipped(attribute, skipped)
     if cursor.left >= sizeof(nlattr):
         attribute = <const nlattr *> cursor.at
         if attribute.nla_len > cursor.left and type_of(attribute) == NFQA_PAYLOAD:
             decode_payload(attribute, cursor.left - sizeof(nlattr), fields)
             cursor.left = 0
     if cursor.left:
-        skipped[0] += 1
+        skipped.broken_attributes += 1
     if fields.payload is NULL and length < message.nlmsg_len:
         fields.lost = <uint32_t> (message.nlmsg_len - length)
     return identified

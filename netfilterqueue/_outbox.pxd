@@ -11,6 +11,8 @@ cdef enum:
     # The others are the last ones of the number of the send, a flight's, which has 64: a busy queue
     # has sent 2 ** 31 times within hours.
     FLIGHT_BITS = 0x7FFFFFFF
+    # The kinds of verdicts fit into 3 bits; above them is the number of another queue, and a flag.
+    VERDICTS = 8
 
 
 cdef inline bint is_verdict(uint32_t sequence) noexcept nogil:
@@ -41,6 +43,7 @@ cdef struct Waiting:
     int64_t period              # nanoseconds between two ticks
     uint64_t tick
     uint64_t stamp              # tick at which the first message in `fill` came
+    uint64_t given[VERDICTS]    # verdicts of each kind, taken in
     Waiting *previous           # in the list for fork()
     Waiting *next
 

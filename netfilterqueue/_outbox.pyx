@@ -97,6 +97,7 @@ cdef class Outbox:
         waiting.length += encode_verdict(waiting.fill + waiting.length, queue_num, id, decision,
                                          sequence_of(waiting.flight))
         waiting.count += 1
+        waiting.given[decision.verdict % VERDICTS] += 1
         pthread_mutex_unlock(&waiting.lock)
         return now
 

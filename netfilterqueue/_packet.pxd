@@ -4,15 +4,17 @@ from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from netfilterqueue._changes cimport PacketChanges
 from netfilterqueue._channel cimport Slab
 from netfilterqueue._netlink cimport Cursor
-from netfilterqueue._nfqueue cimport Decision, PacketFields
+from netfilterqueue._nfqueue cimport Decision, PacketFields, Skipped
 from netfilterqueue._outbox cimport Outbox
 from netfilterqueue._uapi cimport nlmsghdr
 
 
 cdef struct Tally:
-    uint64_t foreign            # messages that are no packets
-    uint64_t malformed          # packet messages without a readable header
-    uint64_t skipped            # attributes that are broken or unknown
+    uint64_t batches            # reads that brought packets
+    uint64_t packets            # handed out
+    uint64_t bytes              # of payload in them
+    uint64_t truncated          # of them, those of which only the beginning was copied
+    Skipped skipped
 
 
 cdef class Packet

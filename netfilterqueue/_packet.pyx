@@ -85,11 +85,14 @@ cdef class Batch:
     cdef bint unwrap(self, Packet packet, const nlmsghdr *message, size_t length, Tally *tally):
         """Make it the packet of a message; False, and one more in the tally, if it has none."""
         if not is_packet(message):
-            tally.foreign += 1
+            tally.skipped.foreign += 1
             return False
         if not decode_packet(message, length, &packet.fields, &tally.skipped):
-            tally.malformed += 1
+            tally.skipped.malformed += 1
             return False
+        tally.packets += 1
+        tally.bytes += packet.fields.payload_length
+        tally.truncated += packet.is_truncated()
         packet.batch = self
         self.packets += 1
         packet.slab = self.slab
@@ -692,7 +695,7 @@ def packets_from(datagrams, *, int fd=-1, double verdict_delay=0.001, dict inter
     while True:
         packet = batch.next(interfaces, &tally)
         if packet is None:
-            return packets, dict(tally)
+            return packets, dict(tally.skipped)
         packet.keep_payload()
         packets.append(packet)
 

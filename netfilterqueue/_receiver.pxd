@@ -2,7 +2,7 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from netfilterqueue._channel cimport Channel, Slab
-from netfilterqueue._outbox cimport Outbox
+from netfilterqueue._outbox cimport VERDICTS, Outbox
 from netfilterqueue._packet cimport Batch, Packet, Tally
 
 
@@ -33,8 +33,9 @@ cdef class Receiver:
     cdef uint32_t max_len       # the most packets that could wait since bind()
     cdef bint is_closed
     cdef Tally tally
-    cdef uint64_t verdict_errors
-    cdef uint64_t request_errors
+    cdef uint64_t given[VERDICTS]   # verdicts of each kind, of earlier bindings
+    cdef dict verdict_errors    # errno: how many verdicts the kernel refused with it
+    cdef uint64_t request_errors    # refusals of requests that nobody waits for
 
     cdef int require_open(self) except -1
     cdef int require_bound(self) except -1
@@ -53,5 +54,6 @@ cdef class Receiver:
     cdef int take(self, Slab slab, Outbox outbox) except -1
     cdef int append(self, Batch batch) except -1
     cdef int take_arrived(self) except -1
+    cdef int count_verdicts(self, Outbox outbox) except -1
     cdef int note_refusals(self, Outbox outbox) except -1
     cdef int forget_batches(self) except -1

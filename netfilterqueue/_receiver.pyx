@@ -6,7 +6,7 @@ from libc.errno cimport EAGAIN, ENOBUFS
 from libc.stdint cimport uint32_t
 
 from netfilterqueue._channel cimport Slab
-from netfilterqueue._outbox cimport Outbox, is_verdict
+from netfilterqueue._outbox cimport VERDICTS, Outbox, is_verdict
 from netfilterqueue._packet cimport Batch, Packet, lend, new_batch, settle
 from netfilterqueue._uapi cimport MSG_DONTWAIT
 
@@ -42,6 +42,7 @@ cdef bint used_up(const Limits *limits) except -1:
 cdef class Receiver:
 
     def __cinit__(self):
+        self.verdict_errors = {}
         self.pulled = []
         self.awaiting = []
         self.runners = []
@@ -190,6 +191,7 @@ cdef class Receiver:
             slab.users -= 1
             return 0
         if slab.messages:
+            self.tally.batches += 1
             self.append(new_batch(slab, outbox, self.last if self.first is None else None))
             if slab.messages > 1:
                 outbox.start_helper()
@@ -214,6 +216,13 @@ cdef class Receiver:
             self.take(slab, self.outbox)
         return 0
 
+    cdef int count_verdicts(self, Outbox outbox) except -1:
+        """Take over what a binding that has ended has counted."""
+        cdef int kind
+        for kind in range(VERDICTS):
+            self.given[kind] += outbox.waiting.given[kind]
+        return 0
+
     cdef int note_refusals(self, Outbox outbox) except -1:
         """Count what the kernel refused; None: the verdicts were an earlier binding's."""
         cdef uint32_t sequence
@@ -222,7 +231,7 @@ cdef class Receiver:
         self.channel.refusals = []
         for sequence, error in refusals:
             if is_verdict(sequence):
-                self.verdict_errors += 1
+                self.verdict_errors[error] = self.verdict_errors.get(error, 0) + 1
                 if outbox is not None:
                     outbox.refused(sequence, error)
             else:

@@ -39,6 +39,7 @@ cdef extern from "<sys/socket.h>" nogil:
         SOCK_CLOEXEC
         SOL_SOCKET
         SO_DOMAIN
+        SO_MEMINFO
         SO_PROTOCOL
         SO_RCVBUF
         SO_RCVBUFFORCE
@@ -83,10 +84,19 @@ cdef extern from "<poll.h>" nogil:
 
 cdef extern from "<fcntl.h>" nogil:
     enum:
+        O_CLOEXEC
+        O_RDONLY
         F_DUPFD_CLOEXEC
         F_GETFL
         O_NONBLOCK
     int fcntl(int fd, int command, ...)
+    int open(const char *path, int flags, ...)
+
+
+cdef extern from "<sched.h>" nogil:
+    enum:
+        CLONE_NEWNET
+    int setns(int fd, int kind)
 
 
 cdef extern from "<unistd.h>" nogil:
@@ -259,6 +269,16 @@ cdef extern from "<net/if.h>" nogil:
         int ifr_ifindex
 
 
+cdef extern from "<linux/sock_diag.h>" nogil:
+    enum:
+        SK_MEMINFO_DROPS
+
+
+cdef extern from "<linux/sockios.h>" nogil:
+    enum:
+        SIOCGSKNS
+
+
 cdef extern from "<sys/ioctl.h>" nogil:
     enum:
         SIOCGIFNAME
@@ -308,6 +328,7 @@ cdef extern from "<linux/netfilter/nfnetlink_queue.h>" nogil:
         NFQA_CFG_F_GSO
         NFQA_CFG_F_UID_GID
         NFQA_CFG_F_SECCTX
+        NFQA_UNSPEC
         NFQA_PACKET_HDR
         NFQA_VERDICT_HDR
         NFQA_MARK
@@ -322,6 +343,7 @@ cdef extern from "<linux/netfilter/nfnetlink_queue.h>" nogil:
         NFQA_CT_INFO
         NFQA_CAP_LEN
         NFQA_SKB_INFO
+        NFQA_EXP
         NFQA_UID
         NFQA_GID
         NFQA_SECCTX

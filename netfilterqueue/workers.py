@@ -31,10 +31,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from netfilterqueue import NetfilterQueue, Packet, Verdict
-from netfilterqueue._advice import KERNEL_QUEUES
 from netfilterqueue._arguments import integer
 from netfilterqueue._impl import drop_older
 from netfilterqueue._namespaces import system_call
+from netfilterqueue.stats import kernel_queues
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from typing_extensions import Self
+
+    from netfilterqueue.stats import KernelQueue
 
 __all__ = ["QueueStatistics", "Statistics", "WorkerCrashed", "serve"]
 
@@ -211,19 +213,12 @@ def end(workers: Sequence[Worker], signals: Signals) -> None:
 
 
 def statistics_of(workers: Sequence[Worker]) -> Statistics:
-    rows = kernel_rows()
-    return Statistics(tuple(worker.statistics(rows.get(worker.queue_num)) for worker in workers))
-
-
-def kernel_rows() -> dict[int, list[int]]:
-    """The kernel's numbers for each queue that is bound, without the queue's own."""
     try:
-        lines = KERNEL_QUEUES.read_text(encoding="ascii").splitlines()
+        rows = kernel_queues()
     except OSError as error:
         logger.warning("the statistics lack the kernel's numbers: %s", error)
-        return {}
-    rows = ([int(field) for field in line.split()] for line in lines)
-    return {number: fields for number, *fields in rows}
+        rows = {}
+    return Statistics(tuple(worker.statistics(rows.get(worker.queue_num)) for worker in workers))
 
 
 class Signals:
@@ -343,13 +338,13 @@ class Worker(abc.ABC):
         self.restarts += 1
         self.start()
 
-    def statistics(self, kernel_row: list[int] | None) -> QueueStatistics:
+    def statistics(self, row: KernelQueue | None) -> QueueStatistics:
         packets = dropped = undecided = 0
-        if kernel_row:
-            _, undecided, _, _, dropped_full, dropped_socket, last_id, *_ = kernel_row
+        if row:
+            undecided = row.depth
             # Ids count from 1, and a packet that found no room in the buffer has got one too.
-            packets = last_id - dropped_socket - undecided
-            dropped = dropped_full + dropped_socket
+            packets = row.id_sequence - row.dropped_socket - undecided
+            dropped = row.dropped_full + row.dropped_socket
         return QueueStatistics(self.queue_num, packets, dropped, undecided, self.restarts)
 
 

@@ -22,11 +22,13 @@ from netfilterqueue._packet import packets_from
 
 import netfilterqueue
 from messages import packet_message
+from netfilterqueue.stats import kernel_queues
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from netfilterqueue import NetfilterQueue, Packet
+    from netfilterqueue.stats import KernelQueue
     from netfilterqueue.testing import Node, Sandbox
 
 # How many times longer than usual a test may take: more than 1 where a processor is emulated.
@@ -38,6 +40,7 @@ TIMEOUT = 5.0 * PATIENCE  # seconds; generous, as only a failing test waits so l
 RECEIVE_BUFFER = 212992
 
 CAP_NET_ADMIN = 12
+CAP_SYS_ADMIN = 21
 CAPABILITY_VERSION_3 = 0x20080522
 # struct __user_cap_header_struct; two of struct __user_cap_data_struct, each effective, permitted,
 # inheritable: see capset(2).
@@ -49,7 +52,7 @@ CHAINS = {"loopback": "INPUT", "input": "INPUT", "forward": "FORWARD", "output":
 
 
 # What `packets_from` counts.
-NOTHING_SKIPPED = {"foreign": 0, "malformed": 0, "skipped": 0}
+NOTHING_SKIPPED = {"foreign": 0, "malformed": 0, "broken_attributes": 0, "unread_attributes": 0}
 
 
 def skipping(**counts: int) -> dict[str, int]:
@@ -166,15 +169,15 @@ def alarm(after: float, handler: Callable[..., object]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_net_admin() -> Iterator[None]:
-    """Take CAP_NET_ADMIN from the calling thread, whose capabilities are its own, for a while."""
+def without_capability(capability: int) -> Iterator[None]:
+    """Take it from the calling thread, whose capabilities are its own, for a while."""
     libc = ctypes.CDLL(None, use_errno=True)
     header = CAPABILITY_HEADER.pack(CAPABILITY_VERSION_3, 0)
     data = ctypes.create_string_buffer(CAPABILITY_DATA.size)
     assert libc.capget(header, data) == 0
     effective, *others = CAPABILITY_DATA.unpack(data.raw)
-    assert effective & 1 << CAP_NET_ADMIN
-    lesser = CAPABILITY_DATA.pack(effective & ~(1 << CAP_NET_ADMIN), *others)
+    assert effective & 1 << capability
+    lesser = CAPABILITY_DATA.pack(effective & ~(1 << capability), *others)
     assert libc.capset(header, lesser) == 0
     try:
         yield
@@ -182,30 +185,17 @@ def without_net_admin() -> Iterator[None]:
         assert libc.capset(header, data.raw) == 0
 
 
+def without_net_admin() -> contextlib.AbstractContextManager[None]:
+    return without_capability(CAP_NET_ADMIN)
+
+
 def readable(queue: netfilterqueue.NetfilterQueue) -> bool:
     return bool(select.select([queue], [], [], 0)[0])
 
 
-class QueueRow(NamedTuple):
-    """A line of /proc/net/netfilter/nfnetlink_queue."""
-
-    queue_num: int
-    port_id: int
-    depth: int
-    copy_mode: int
-    copy_range: int
-    dropped_full: int
-    dropped_socket: int
-    id_sequence: int
-
-
-def bound_queues(node: Node | None = None) -> dict[int, QueueRow]:
+def bound_queues(node: Node | None = None) -> dict[int, KernelQueue]:
     """The queues that somebody has bound in this process's network namespace, or in a node's."""
-    path = Path("/proc", str(node.pid) if node else "self", "net/netfilter/nfnetlink_queue")
-    # The kernel module comes with the first queue.
-    lines = path.read_text(encoding="ascii").splitlines() if path.exists() else []
-    rows = (QueueRow(*map(int, line.split()[:8])) for line in lines)
-    return {row.queue_num: row for row in rows}
+    return kernel_queues(node.pid if node else None)
 
 
 def wait_until_queued(queue_num: int, count: int) -> None:

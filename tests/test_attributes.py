@@ -50,7 +50,7 @@ def test_attribute_of_any_length_is_all_there(kind: NFQA, length: int) -> None:
 def test_vlan_tag_that_is_not_whole_is_none(inner: bytes) -> None:
     packets, tally = packets_from([packet_message(HEADER, attribute(NFQA.VLAN, inner))])
     assert [packet.vlan for packet in packets] == [None]
-    assert tally == skipping(skipped=1)
+    assert tally == skipping(broken_attributes=1)
 
 
 def test_vlan_tag_may_have_more_to_it_than_is_known() -> None:
@@ -64,4 +64,4 @@ def test_connections_state_of_a_wrong_length_is_none(length: int) -> None:
     connection = attribute(NFQA.CT, b""), attribute(NFQA.CT_INFO, bytes(length))
     packets, tally = packets_from([packet_message(HEADER, *connection)])
     assert [packet.conntrack and packet.conntrack.state for packet in packets] == [None]
-    assert tally == skipping(skipped=1)
+    assert tally == skipping(broken_attributes=1)

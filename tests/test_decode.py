@@ -223,7 +223,7 @@ def test_attribute_of_a_wrong_length_is_as_good_as_absent(name: str) -> None:
         packets, tally = packets_from([packet_message(HEADER, broken, *FULL[-1:])])
         assert [field.read(packet) for packet in packets] == [field.absent], len(wrong)
         assert [payload_of(packet) for packet in packets] == [PAYLOAD], len(wrong)
-        assert tally == skipping(skipped=1)
+        assert tally == skipping(broken_attributes=1)
 
 
 @pytest.mark.parametrize("length", [n for n in range(20) if n != len(HEADER_VALUE)])
@@ -231,7 +231,7 @@ def test_message_whose_header_has_a_wrong_length_is_no_packet(length: int) -> No
     broken = attribute(NFQA.PACKET_HDR, (HEADER_VALUE * 3)[:length])
     packets, tally = packets_from([packet_message(broken, *FULL[1:])])
     assert packets == []
-    assert tally == skipping(malformed=1, skipped=1)
+    assert tally == skipping(malformed=1, broken_attributes=1)
 
 
 def test_message_without_a_header_is_no_packet() -> None:
@@ -260,7 +260,7 @@ def test_hardware_address_longer_than_its_room_is_skipped(length: int) -> None:
     address = attribute(NFQA.HWADDR, struct.pack("!HH8s", length, 0, b"12345678"))
     packets, tally = packets_from([packet_message(HEADER, address)])
     assert [packet.get_hw() for packet in packets] == [None]
-    assert tally == skipping(skipped=1)
+    assert tally == skipping(broken_attributes=1)
 
 
 # Attributes repeated, unknown, flagged, out of order
@@ -291,7 +291,7 @@ def test_broken_repetition_leaves_the_good_value(field: Field) -> None:
     for order in ([good, broken], [broken, good]):
         packets, tally = packets_from([packet_message(HEADER, *order)])
         assert [field.read(packet) for packet in packets] == [field.meanings[0]]
-        assert tally == skipping(skipped=1)
+        assert tally == skipping(broken_attributes=1)
 
 
 def test_broken_repetition_of_the_header_leaves_the_good_one() -> None:
@@ -299,10 +299,10 @@ def test_broken_repetition_of_the_header_leaves_the_good_one() -> None:
     for order in ([HEADER, broken], [broken, HEADER]):
         packets, tally = packets_from([packet_message(*order)])
         assert [packet.id for packet in packets] == [0xFEDCBA98]
-        assert tally == skipping(skipped=1)
+        assert tally == skipping(broken_attributes=1)
 
 
-@pytest.mark.parametrize("kind", [NFQA.UNSPEC, NFQA.VERDICT_HDR, 23, 100, NLA_TYPE_MASK])
+@pytest.mark.parametrize("kind", [NFQA.UNSPEC, NFQA.VERDICT_HDR, NFQA.EXP, 23, 100, NLA_TYPE_MASK])
 @pytest.mark.parametrize("length", [0, 1, 4, 7, 8, 16])
 def test_unknown_attribute_is_skipped(kind: int, length: int) -> None:
     unknown = attribute(kind, b"\xff" * length)
@@ -310,7 +310,7 @@ def test_unknown_attribute_is_skipped(kind: int, length: int) -> None:
     for one in messages:
         packets, tally = packets_from([one])
         assert [payload_of(packet) for packet in packets] == [PAYLOAD]
-        assert tally == skipping(skipped=1)
+        assert tally == skipping(unread_attributes=1)
 
 
 @pytest.mark.parametrize("flags", [NLA_F_NESTED, NLA_F_NET_BYTEORDER, ~NLA_TYPE_MASK & 0xFFFF])
@@ -348,11 +348,11 @@ def test_attribute_shorter_than_its_own_header_ends_the_walk(position: int, leng
     packets, tally = packets_from([packet_message(*FULL[:position], stub, *FULL[position:])])
     if position == 0:
         assert packets == []
-        assert tally == skipping(malformed=1, skipped=1)
+        assert tally == skipping(malformed=1, broken_attributes=1)
     else:
         whole = decode_one(*FULL[:position])
         assert [contents(packet) for packet in packets] == [contents(whole)]
-        assert tally == skipping(skipped=1)
+        assert tally == skipping(broken_attributes=1)
 
 
 @pytest.mark.parametrize("excess", [1, 4, 0x7FFF])
@@ -365,7 +365,7 @@ def test_attribute_beyond_the_messages_end_is_not_read(name: str, excess: int) -
     # What follows in memory is a message of its own.
     packets, tally = packets_from([broken + FULL_MESSAGE])
     assert [field.read(packet) for packet in packets] == [field.absent, field.meanings[0]]
-    assert tally == skipping(skipped=1)
+    assert tally == skipping(broken_attributes=1)
 
 
 @pytest.mark.parametrize("excess", [1, 4, 0x7FFF])
@@ -505,7 +505,7 @@ def reference_decode(datagram: bytes) -> tuple[list[tuple[Any, ...]], dict[str, 
             continue
         found: dict[int, Any] = {}
         if len(body) >= FAMILY_HEADER.size:
-            tally["skipped"] += reference_attributes(body[FAMILY_HEADER.size :], found)
+            reference_attributes(body[FAMILY_HEADER.size :], found, tally)
         if NFQA.PACKET_HDR not in found:
             tally["malformed"] += 1
             continue
@@ -528,28 +528,28 @@ def messages_of(datagram: bytes) -> Iterator[tuple[int, bytes, int]]:
         datagram = datagram[aligned(length) :]
 
 
-def reference_attributes(rest: bytes, found: dict[int, Any]) -> int:
-    """Fill in what the attributes mean; return how many mean nothing, a broken end included."""
-    skipped = 0
+def reference_attributes(rest: bytes, found: dict[int, Any], tally: dict[str, int]) -> None:
+    """Fill in what the attributes mean; count those that mean nothing, a broken end included."""
     while len(rest) >= ATTRIBUTE_HEADER.size:
         length, kind = ATTRIBUTE_HEADER.unpack_from(rest)
         kind &= NLA_TYPE_MASK
         if length > len(rest) and kind == NFQA.PAYLOAD:
             content = rest[ATTRIBUTE_HEADER.size :]
             found[kind] = content, length - ATTRIBUTE_HEADER.size - len(content)
-            return skipped
+            return
         if not ATTRIBUTE_HEADER.size <= length <= len(rest):
             break
         meaning = meaning_of(kind, rest[ATTRIBUTE_HEADER.size : length])
         if meaning is UNKNOWN:
-            skipped += 1
+            tally["broken_attributes" if kind in READ else "unread_attributes"] += 1
         else:
             found[kind] = meaning
         rest = rest[aligned(length) :]
-    return skipped + bool(rest)
+    tally["broken_attributes"] += bool(rest)
 
 
 UNKNOWN = object()
+READ = set(NFQA) - {NFQA.UNSPEC, NFQA.VERDICT_HDR, NFQA.EXP}
 NUMBERS = {
     NFQA.MARK,
     *range(NFQA.IFINDEX_INDEV, NFQA.IFINDEX_PHYSOUTDEV + 1),

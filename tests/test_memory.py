@@ -22,6 +22,7 @@ from netfilterqueue._packet import packets_from
 from messages import simple_packets
 from netfilterqueue import COPY_META, NetfilterQueue, Packet, Verdict
 from netfilterqueue.conntrack import Conntrack
+from netfilterqueue.stats import kernel_queues
 from netfilterqueue.testing import packet as packet_by_hand
 from support import RECEIVE_BUFFER, bound_queues, run_until, wait_until_queued
 
@@ -314,6 +315,8 @@ class QueueUse:
     def use_init(self) -> None:
         suppressing(RuntimeError, NetfilterQueue().__init__)  # type: ignore[misc]
         suppressing(OSError, NetfilterQueue, sockfd=0)
+        NetfilterQueue(netns=os.getpid())
+        suppressing(ValueError, NetfilterQueue, netns=os.devnull)
 
     def use_exit(self) -> None:
         with contextlib.suppress(ZeroDivisionError), self.bound():
@@ -348,6 +351,13 @@ class QueueUse:
             queue.bind(self.queue_num, sock_len=RECEIVE_BUFFER)
             self.flow.send(b"1", b"2", b"3")
             asyncio.run(pull(queue))
+
+    def use_stats(self) -> None:
+        with self.bound() as queue:
+            self.flow.send(b"1", b"2", b"3")
+            queue.run(block=False)
+            assert queue.stats().kernel
+            assert kernel_queues(os.getpid())
 
     def use_set_mode(self) -> None:
         with self.bound() as queue:
@@ -397,6 +407,7 @@ QUEUE_USES: dict[str, Callable[[QueueUse], object]] = {
     "set_flags": QueueUse.use_set_flags,
     "set_max_len": QueueUse.use_set_max_len,
     "set_mode": QueueUse.use_set_mode,
+    "stats": QueueUse.use_stats,
     "stop": QueueUse.use_stop,
     "unbind": QueueUse.use_unbind,
 }

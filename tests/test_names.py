@@ -38,7 +38,17 @@ BIND_POSITIONAL = {
     "range": 65535,
     "sock_len": 2455552,
 }
-BIND_KEYWORDS = {"callback": None, "timestamps": True, "batch": 32, "verdict_delay": 0.001}
+BIND_KEYWORDS = {
+    "callback": None,
+    "fail_open": False,
+    "gso": False,
+    "conntrack": False,
+    "uid_gid": False,
+    "secctx": False,
+    "timestamps": True,
+    "batch": 32,
+    "verdict_delay": 0.001,
+}
 
 
 def defaults(function: Callable[..., object], kind: Any) -> dict[str, object]:

@@ -15,7 +15,7 @@ from docutils.core import publish_doctree
 
 import netfilterqueue
 from netfilterqueue import NetfilterQueue, Packet
-from support import Program, Traffic, bound_queues, wait_until
+from support import RECEIVE_BUFFER, Program, Traffic, bound_queues, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -73,6 +73,7 @@ PROGRAMS = {block.name: block.text for block in code_blocks(README, "python")}
 # This one is a test, not a program that runs a queue.
 TEST_OF_A_FILTER = PROGRAMS.pop("Testing a filter")
 LOG_READER = PROGRAMS.pop("NFLOG")
+LISTER = PROGRAMS.pop("Statistics")
 COMMANDS = [
     line
     for block in code_blocks(README, "sh")
@@ -88,7 +89,7 @@ def test_document_is_valid(name: str) -> None:
 
 def test_every_program_of_the_readme_is_run() -> None:
     shown = README.read_text(encoding="utf-8").count("code-block:: python")
-    assert len([*PROGRAMS, TEST_OF_A_FILTER, LOG_READER]) == shown
+    assert len([*PROGRAMS, TEST_OF_A_FILTER, LOG_READER, LISTER]) == shown
 
 
 def test_example_is_the_one_in_the_file() -> None:
@@ -236,6 +237,13 @@ def test_program_of_the_readme(
     program = run_program(PROGRAMS[name], python=PYTHON)
     check_filter(program, 1, rules, traffic, RECEIVED.get(name, b"hello"))
     assert PRINTED.get(name, "") in program.output
+
+
+def test_lister_of_the_readme(
+    queue: NetfilterQueue, queue_num: int, run_program: Callable[..., Program]
+) -> None:
+    queue.bind(queue_num, sock_len=RECEIVE_BUFFER)
+    assert run_program(LISTER, python=PYTHON).run() == f"{queue_num} 0 0\n"
 
 
 def test_log_reader_of_the_readme(

@@ -51,7 +51,7 @@ def test_original_length_of_a_wrong_length_is_skipped(length: int) -> None:
     broken = attribute(NFQA.CAP_LEN, b"\1" * length)
     packets, tally = packets_from([packet_message(HEADER, broken, PAYLOAD)])
     assert [(packet.original_len, packet.truncated) for packet in packets] == [(31, False)]
-    assert tally == skipping(skipped=1)
+    assert tally == skipping(broken_attributes=1)
 
 
 def test_packet_cut_by_a_small_buffer_is_truncated() -> None:

@@ -301,11 +301,14 @@ class TestStatistics:
         )
 
     def test_say_so_where_the_kernel_does_not_show_its_numbers(
-        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        monkeypatch.setattr(workers, "KERNEL_QUEUES", tmp_path / "none")
-        assert workers.kernel_rows() == {}
-        assert "the statistics lack the kernel's numbers" in caplog.text
+        def refuse() -> None:
+            raise PermissionError("for root only")
+
+        monkeypatch.setattr(workers, "kernel_queues", refuse)
+        assert workers.statistics_of([]) == Statistics(())
+        assert "the statistics lack the kernel's numbers: for root only" in caplog.text
 
     def test_of_queues_add_up(self) -> None:
         both = Statistics((QueueStatistics(1, 10, 2, 3, 4), QueueStatistics(2, 100, 20, 30, 40)))

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 import socket
+from pathlib import Path
 
 from typing_extensions import Literal, assert_type
 
 import netfilterqueue
 from netfilterqueue import COPY_META, COPY_PACKET, PROTOCOLS, Hook, NetfilterQueue, Packet, Verdict
 from netfilterqueue.conntrack import Conntrack, ConntrackState, ConntrackStatus, ConntrackTuple
+from netfilterqueue.stats import KernelQueue, QueueStats, kernel_queues
 from netfilterqueue.vlan import Vlan
 
 
@@ -94,7 +96,20 @@ def life_of_a_queue() -> None:
         queue.unbind()
         queue.close()
     NetfilterQueue(af=socket.AF_INET6, sockfd=3)
+    with open("/proc/self/ns/net", "rb") as namespace:
+        for netns in (1, "/run/netns/blue", b"/run/netns/blue", Path("blue"), namespace):
+            NetfilterQueue(netns=netns)
+    NetfilterQueue(netns=1.5)  # type: ignore[arg-type]
     NetfilterQueue(3)  # type: ignore[call-arg]
+
+
+def statistics(queue: NetfilterQueue) -> None:
+    found = queue.stats()
+    assert_type(found, QueueStats)
+    assert_type(found.verdicts[Verdict.ACCEPT], int)
+    assert_type(found.kernel, "KernelQueue | None")
+    assert_type(kernel_queues()[1], KernelQueue)
+    found.packets = 1  # type: ignore[misc]
 
 
 def subclass() -> None:
