@@ -174,17 +174,15 @@ def decode_tuple(content: bytes) -> ConntrackTuple:
     found = attributes(content)
     ip = attributes(found.get(CTA_TUPLE_IP, b""))
     proto = attributes(found.get(CTA_TUPLE_PROTO, b""))
-    icmp = CTA_PROTO_ICMP_ID if CTA_PROTO_ICMP_ID in proto else CTA_PROTO_ICMPV6_ID
     return ConntrackTuple(
         protocol=number(proto, CTA_PROTO_NUM, 1),
         source=address(ip, CTA_IP_V4_SRC, CTA_IP_V6_SRC),
         destination=address(ip, CTA_IP_V4_DST, CTA_IP_V6_DST),
         source_port=number(proto, CTA_PROTO_SRC_PORT, 2),
         destination_port=number(proto, CTA_PROTO_DST_PORT, 2),
-        # In the order of the enumeration: id, type, code.
-        icmp_id=number(proto, icmp, 2),
-        icmp_type=number(proto, icmp + 1, 1),
-        icmp_code=number(proto, icmp + 2, 1),
+        icmp_type=either(proto, CTA_PROTO_ICMP_TYPE, CTA_PROTO_ICMPV6_TYPE, 1),
+        icmp_code=either(proto, CTA_PROTO_ICMP_CODE, CTA_PROTO_ICMPV6_CODE, 1),
+        icmp_id=either(proto, CTA_PROTO_ICMP_ID, CTA_PROTO_ICMPV6_ID, 2),
         zone=number(found, CTA_TUPLE_ZONE, 2),
     )
 
@@ -207,6 +205,11 @@ def walk(content: bytes) -> Iterator[tuple[int, bytes]]:
 def number(found: Attributes, kind: int, size: int) -> int | None:
     value = found.get(kind, b"")
     return int.from_bytes(value, "big") if len(value) == size else None
+
+
+def either(found: Attributes, kind4: int, kind6: int, size: int) -> int | None:
+    value = number(found, kind4, size)
+    return number(found, kind6, size) if value is None else value
 
 
 def address(found: Attributes, kind4: int, kind6: int) -> str | None:
@@ -245,14 +248,13 @@ def encode_tuple(direction: ConntrackTuple) -> bytes:
             family, kind = (socket.AF_INET6, kind6) if ":" in text else (socket.AF_INET, kind4)
             ip += attribute(kind, socket.inet_pton(family, text))
     is_v6 = direction.protocol == socket.IPPROTO_ICMPV6
-    icmp = CTA_PROTO_ICMPV6_ID if is_v6 else CTA_PROTO_ICMP_ID
     proto = (
         (CTA_PROTO_NUM, direction.protocol, 1),
         (CTA_PROTO_SRC_PORT, direction.source_port, 2),
         (CTA_PROTO_DST_PORT, direction.destination_port, 2),
-        (icmp, direction.icmp_id, 2),
-        (icmp + 1, direction.icmp_type, 1),
-        (icmp + 2, direction.icmp_code, 1),
+        (CTA_PROTO_ICMPV6_ID if is_v6 else CTA_PROTO_ICMP_ID, direction.icmp_id, 2),
+        (CTA_PROTO_ICMPV6_TYPE if is_v6 else CTA_PROTO_ICMP_TYPE, direction.icmp_type, 1),
+        (CTA_PROTO_ICMPV6_CODE if is_v6 else CTA_PROTO_ICMP_CODE, direction.icmp_code, 1),
     )
     return (
         nested(CTA_TUPLE_IP, ip)

@@ -207,6 +207,25 @@ def rules(router: Node) -> Iterator[Callable[..., Rule]]:
 
 
 @pytest.fixture
+def count(router: Node, rules: Callable[..., Rule]) -> Callable[..., Callable[[], int]]:
+    """Append a rule that does nothing, and return a function that tells how many packets met it."""
+
+    def add(chain: str, *match: object, table: str = "filter") -> Callable[[], int]:
+        comment = f"counter {next(numbers)}"
+        rules(chain, *match, "-m", "comment", "--comment", comment, table=table)
+
+        def counted() -> int:
+            listed = router.run(["iptables", "-t", table, "-v", "-n", "-x", "-L", chain]).stdout
+            [line] = [line for line in listed.splitlines() if comment in line]
+            return int(line.split()[0])
+
+        return counted
+
+    numbers = iter(range(100))
+    return add
+
+
+@pytest.fixture
 def nft(router: Node) -> Iterator[Callable[..., None]]:
     """Add a table of nftables to the router, its chains given as text; it goes after the test.
 
