@@ -3,4 +3,5 @@ from libc.stdint cimport uint8_t
 
 
 cdef int upper_protocol(const uint8_t *packet, Py_ssize_t length) noexcept nogil
-cdef bint make_right(uint8_t *packet, Py_ssize_t length, bint unfinished) except -1
+cdef bytes with_checksums(bytes packet, bint unfinished, bint *whole)
+cdef int require_same_segments(bytes packet, Py_ssize_t length) except -1

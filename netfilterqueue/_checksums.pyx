@@ -8,6 +8,7 @@ for three things, which are seen to here: UDP sends 0xFFFF for a sum of 0, for w
 "none"; a packet on a source route counts with its final destination; and a packet whose header
 claims more bytes than are there is read beyond its end. It has nothing for ICMP.
 """
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memmove
 
@@ -80,15 +81,39 @@ cdef Py_ssize_t extension_size(int protocol, const uint8_t *header) noexcept nog
     return 8 * (header[1] + 1)
 
 
-cdef bint make_right(uint8_t *packet, Py_ssize_t length, bint unfinished) except -1:
-    """Set the lengths and the checksums of an IPv4 or IPv6 packet, of at most 65535 bytes.
+cdef int require_same_segments(bytes packet, Py_ssize_t length) except -1:
+    """Raise if this cannot take the place of a packet of so many bytes that stands for several.
 
-    False where only the IP header could be made right: in a fragment, on a source route of unknown
-    kind, for a protocol other than TCP, UDP, ICMP and ICMPv6. ``unfinished``: the checksum of what
-    it carries was left to the network card, so that 0 in UDP does not mean that there is none.
-
-    Raises ValueError, and leaves the packet alone, where a header is malformed.
+    The kernel has noted where it will cut the packet, and how: of TCP it makes every segment's
+    checksum anew, wherever the packet goes. Of UDP it wants the pseudo-header's sum where it cuts,
+    and a right checksum where it delivers the packet as a whole, and nobody knows which it will be.
     """
+    if len(packet) != length or upper_protocol(
+            <const uint8_t *> PyBytes_AS_STRING(packet), length) != IPPROTO_TCP:
+        raise ValueError(
+            f"this packet stands for several segments (gso), and {len(packet)} bytes cannot take "
+            f"its place: it must stay TCP, of {length} bytes; or bind without gso=True")
+    return 0
+
+
+cdef bytes with_checksums(bytes packet, bint unfinished, bint *whole):
+    """A copy of an IPv4 or IPv6 packet, of at most 65535 bytes, with its lengths and checksums set.
+
+    ``whole`` becomes False where only the IP header could be made right: in a fragment, on a source
+    route of unknown kind, for a protocol other than TCP, UDP, ICMP and ICMPv6. ``unfinished``: the
+    checksum of what it carries was left to the network card, so that 0 in UDP does not mean that
+    there is none. Raises ValueError where a header is malformed.
+    """
+    cdef bytes copy = PyBytes_FromStringAndSize(PyBytes_AS_STRING(packet), PyBytes_GET_SIZE(packet))
+    whole[0] = make_right(<uint8_t *> PyBytes_AS_STRING(copy), PyBytes_GET_SIZE(copy), unfinished)
+    if unfinished and not whole[0]:
+        raise ValueError("the checksum of this packet is unfinished, and of a kind that cannot be "
+                         "finished here: bind without gso=True, and the kernel finishes it")
+    return copy
+
+
+cdef bint make_right(uint8_t *packet, Py_ssize_t length, bint unfinished) except -1:
+    """Nothing is written unless all headers fit: a bytes object of one byte is shared by all."""
     cdef Transport transport
     if length and packet[0] >> 4 == 4:
         walk_ipv4(packet, length, &transport)

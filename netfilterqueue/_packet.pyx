@@ -9,7 +9,7 @@ from libc.string cimport memset
 
 from netfilterqueue._changes cimport PacketChanges
 from netfilterqueue._channel cimport DEBUG, Channel, Slab, alive_now
-from netfilterqueue._checksums cimport make_right, upper_protocol
+from netfilterqueue._checksums cimport require_same_segments, upper_protocol, with_checksums
 from netfilterqueue._netlink cimport length_of, next_message, value_of
 from netfilterqueue._nfqueue cimport (
     Decision, KNOWN_GID, KNOWN_UID, KNOWN_VLAN, MAX_PAYLOAD, decode_packet, find_rare, is_packet,
@@ -359,17 +359,17 @@ cdef class Packet:
         """Let the packet go on with these bytes, any bytes-like object of 1 to 65531 bytes that
         starts with the network header, once it is accepted (NFQA_PAYLOAD). None: with its own.
 
-        With ``checksums=True``, the packet is IPv4 or IPv6, and a copy of the bytes goes on in
-        which the lengths of IP and UDP are those of what was given, and the checksums of IPv4, TCP,
-        UDP, ICMP and ICMPv6 are right. A UDP checksum of 0, "none", stays so in IPv4. True is
-        returned then; but False where nothing below the IP header could be made right: in a
-        fragment, whose checksum covers the others too, and for any other protocol. Without it,
-        lengths and checksums are up to the caller, and False is returned.
+        With ``checksums=True``, a copy of an IPv4 or IPv6 packet goes on, in which lengths of IP
+        and UDP are those of what was given, and the checksums of IPv4, TCP, UDP, ICMP and ICMPv6
+        are right. A UDP checksum of 0, "none", stays so in IPv4. True is returned then; but False
+        where nothing below the IP header could be made right: in a fragment, whose checksum covers
+        the others too, and for other protocols. Else lengths and checksums are up to the caller,
+        and False is returned. With ``gso``, only TCP can be replaced, by as many bytes.
 
         A packet that was copied in part only, see ``truncated``, would lose the rest: with
         ``truncate=True`` it does, or else this raises RuntimeError.
 
-        Raises TypeError for what is not bytes-like and ValueError for a wrong length, and where
+        Raises TypeError for what is not bytes-like, and ValueError for a wrong length, or where
         checksums are wanted for what is no such packet or has headers that do not fit into it.
         """
         cdef bytes replacement = None
@@ -384,12 +384,11 @@ cdef class Packet:
                     f"only {self.fields.payload_length} of this packet's {self.original_len} bytes "
                     "are here, and with a new payload it would lose the others: bind with a larger "
                     "range, or pass truncate=True if it may")
+            if self.fields.skb_info & NFQA_SKB_GSO:
+                require_same_segments(replacement, self.original_len)
             if checksums:
-                # The caller's bytes are the caller's.
-                replacement = PyBytes_FromStringAndSize(PyBytes_AS_STRING(replacement),
-                                                        PyBytes_GET_SIZE(replacement))
-                right = make_right(<uint8_t *> PyBytes_AS_STRING(replacement),
-                                   PyBytes_GET_SIZE(replacement), False)
+                replacement = with_checksums(
+                    replacement, self.fields.skb_info & NFQA_SKB_CSUMNOTREADY, &right)
         self.replacement = replacement
         return right
 

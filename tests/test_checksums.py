@@ -43,7 +43,7 @@ from scapy.packet import Raw
 
 from netfilterqueue import Packet
 from netfilterqueue.testing import packet as packet_of
-from support import RECEIVE_BUFFER, in_thread, run_until, wait_until
+from support import CHAINS, RECEIVE_BUFFER, in_thread, run_until, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -430,6 +430,60 @@ def pad_options(packet: Packet) -> None:
     packet.accept()
 
 
+class TestUnfinished:
+    """Packets of a queue with the flag gso, whose checksums and segments are left to others."""
+
+    def test_udp_checksum_of_0_is_no_sign_then_that_there_is_none(self) -> None:
+        packet = packet_of(b"original", checksum_ready=False)
+        right = IP(src="192.0.2.1", dst="192.0.2.2") / UDP() / b"data"
+        wrong = right.copy()
+        wrong[UDP].chksum = 0
+        assert packet.set_payload(bytes(wrong), checksums=True) is True
+        assert packet.get_payload() == bytes(right)
+
+    @pytest.mark.parametrize(
+        "layer", [IP(proto=132) / bytes(20), IP(flags="MF") / UDP()], ids=["SCTP", "fragment"]
+    )
+    def test_checksum_that_cannot_be_finished_is_an_error(self, layer: Layer) -> None:
+        packet = packet_of(b"original", checksum_ready=False)
+        with pytest.raises(ValueError, match=r"unfinished.*bind without gso=True"):
+            packet.set_payload(bytes(layer), checksums=True)
+        assert packet.get_payload() == b"original"
+
+    @pytest.mark.parametrize("checksums", [False, True])
+    @pytest.mark.parametrize(
+        "network",
+        [IP(), IPv6(), IPv6() / IPv6ExtHdrHopByHop()],
+        ids=["ipv4", "ipv6", "behind an extension header"],
+    )
+    def test_segments_stay_tcp_of_the_same_length(self, network: Layer, checksums: bool) -> None:
+        original = bytes(network / TCP() / bytes(1000))
+        packet = packet_of(original, gso=True)
+        same = bytes(network / TCP() / (b"x" * 1000))
+        packet.set_payload(same, checksums=checksums)
+        assert packet.get_payload() == same
+        for wrong in (
+            bytes(network / TCP() / bytes(999)),
+            bytes(network / TCP() / bytes(1001)),
+            bytes(network / UDP() / bytes(1012)),
+            bytes(len(original)),
+        ):
+            with pytest.raises(ValueError, match=rf"several segments.*{len(original)} bytes"):
+                packet.set_payload(wrong, checksums=checksums)
+        assert packet.get_payload() == same
+
+    def test_segments_of_udp_are_not_changed(self) -> None:
+        original = bytes(IP() / UDP() / bytes(1000))
+        with pytest.raises(ValueError, match="several segments"):
+            packet_of(original, gso=True).set_payload(original, checksums=True)
+
+    def test_segments_of_a_packet_that_was_cut_short_are_not_changed(self) -> None:
+        original = bytes(IP() / TCP() / bytes(1000))
+        packet = packet_of(original, gso=True, original_len=65535)
+        with pytest.raises(ValueError, match=r"several segments.*65535 bytes"):
+            packet.set_payload(original, truncate=True)
+
+
 class TestReceivingHost:
     @both_families
     @pytest.mark.parametrize("path", ["loopback", "input", "forward", "output"])
@@ -484,6 +538,57 @@ class TestReceivingHost:
         rules("INPUT", "-p", "tcp", queue=queue_num, ipv6=ipv6)
         run_until(queue, lambda: transfer.done)
         assert transfer.result() == data
+        assert counters.refused == {}
+
+    @both_families
+    @pytest.mark.parametrize("path", ["input", "forward", "output"])
+    def test_tcp_that_is_not_segmented_yet_arrives_changed(
+        self,
+        queue: NetfilterQueue,
+        queue_num: int,
+        rules: Callable[..., Rule],
+        traffic: Traffic,
+        router: Node,
+        hosts: tuple[Node, Node],
+        path: str,
+        ipv6: bool,
+    ) -> None:
+        unready = []
+
+        def callback(packet: Packet) -> None:
+            if packet.gso:
+                unready.append(packet.checksum_ready)
+            replaced(packet, b"h", b"H")
+
+        queue.bind(queue_num, callback, gso=True, sock_len=RECEIVE_BUFFER)
+        counters = Counters(router if path == "input" else hosts[1])
+        rules(CHAINS[path], "-p", "tcp", queue=queue_num, ipv6=ipv6)
+        transfer = traffic.tcp(path, b"hello" * 40000, ipv6=ipv6)
+        run_until(queue, lambda: transfer.done)
+        assert transfer.result() == b"Hello" * 40000
+        assert False in unready
+        assert counters.refused == {}
+
+    @both_families
+    @pytest.mark.parametrize("data", [b"", b"odd", b"long" * 300])
+    def test_udp_whose_checksum_is_unfinished_arrives_with_another_length(
+        self,
+        queued_udp: Callable[..., QueuedUdp],
+        hosts: tuple[Node, Node],
+        ipv6: bool,
+        data: bytes,
+    ) -> None:
+        unready = []
+
+        def callback(packet: Packet) -> None:
+            unready.append(packet.checksum_ready)
+            replaced(packet, b"hello", data)
+
+        counters = Counters(hosts[1])
+        queued = queued_udp("output", callback, ipv6=ipv6, gso=True)
+        queued.deliver_one(b"hello")
+        assert queued.flow.receive() == data
+        assert unready == [False]
         assert counters.refused == {}
 
     @both_families
