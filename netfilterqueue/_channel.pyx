@@ -157,6 +157,7 @@ cdef class Channel:
                             "cannot open a netlink socket of the netfilter family "
                             "(is the kernel module nfnetlink loaded?)")
         else:
+            require_netfilter(sockfd)
             self.fd = duplicate(sockfd)
         if DEBUG:
             alive_now.descriptors += 1
@@ -512,12 +513,16 @@ cdef class Channel:
         return 0
 
 
-cdef int duplicate(int sockfd) except -1:
-    """A descriptor of our own for somebody's netlink socket."""
+cdef int require_netfilter(int sockfd) except -1:
     if (get_option(sockfd, SOL_SOCKET, SO_DOMAIN) != AF_NETLINK
             or get_option(sockfd, SOL_SOCKET, SO_PROTOCOL) != NETLINK_NETFILTER):
         raise ValueError(f"sockfd {sockfd} is no netlink socket of the netfilter family: open it "
                          "with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12)")
+    return 0
+
+
+cdef int duplicate(int sockfd) except -1:
+    """Another descriptor of the same socket."""
     return check(fcntl(sockfd, F_DUPFD_CLOEXEC, 0), f"cannot duplicate descriptor {sockfd}")
 
 
