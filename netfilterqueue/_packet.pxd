@@ -65,7 +65,7 @@ cdef class Packet:
     cdef bint is_truncated(self) noexcept
     cdef PacketChanges any_changes(self)
     cdef int require_bridged(self) except -1
-    cdef object require_connection(self)
+    cdef int require_connection(self) except -1
     cdef bint is_decided(self) noexcept
     cdef int decide(self, uint32_t verdict) except -1
     cdef int send_decision(self, const Decision *decision) except -1

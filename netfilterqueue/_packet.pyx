@@ -513,13 +513,11 @@ cdef class Packet:
         """Give the packet's connection these labels, 1 to 16 bytes, and no others; the verdict sets
         them (NFQA_CT).
 
-        Raises ValueError for another length, and RuntimeError for a packet without connection
-        information, or whose connection has no room for labels: it has where a rule with the match
-        ``connlabel`` was there before it began.
+        The kernel has room for them where a rule with the match ``connlabel`` was there before the
+        connection began, and says nothing otherwise. Raises ValueError for another length, and
+        RuntimeError for a packet without connection information.
         """
-        if self.require_connection().labels is None:
-            raise RuntimeError("this packet's connection has no room for labels: have a rule with "
-                               "`-m connlabel` before connections begin")
+        self.require_connection()
         self.any_changes().set_conntrack_labels(labels)
 
     def set_vlan(self, proto, tci):
@@ -550,12 +548,11 @@ cdef class Packet:
                                "do have a VLAN tag and a link layer's header that can be set")
         return 0
 
-    cdef object require_connection(self):
-        connection = self.conntrack
-        if connection is None:
+    cdef int require_connection(self) except -1:
+        if find_rare(&self.fields, NFQA_CT) is NULL:
             raise RuntimeError("this packet came without information about its connection: bind "
                                "with conntrack=True; packets that are not tracked have none")
-        return connection
+        return 0
 
     @property
     def verdict(self):

@@ -145,7 +145,7 @@ class Conntrack:
     zone: int = 0
     #: Seconds until it is forgotten; None: not by time, or the kernel does not say.
     timeout: int | None = None
-    #: 128 labels as 16 bytes, in the kernel's words: `-m connlabel`. None: it has no room for them.
+    #: 128 labels as 16 bytes, in the kernel's words: `-m connlabel`. None: not one is set.
     labels: bytes | None = None
 
 

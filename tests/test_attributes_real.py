@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import struct
@@ -389,6 +390,13 @@ def frame(protocol: int) -> bytes:
     return RIGHT + LEFT + struct.pack("!H", protocol) + tag + header + MARKER
 
 
+def is_up(node: Node, interface: str) -> bool:
+    """Whether it works: for a port of a bridge, also that the bridge uses it."""
+    [found] = json.loads(node.run(["ip", "-details", "-json", "link", "show", interface]).stdout)
+    port = found.get("linkinfo", {}).get("info_slave_data", {"state": "forwarding"})
+    return bool(found["operstate"] == "UP" and port["state"] == "forwarding")
+
+
 @pytest.fixture
 def bridged_hosts(router: Node, hosts: tuple[Node, Node]) -> Iterator[tuple[str, str]]:
     """A second network of the hosts, bridged by the router, and their addresses in it."""
@@ -406,6 +414,9 @@ def bridged_hosts(router: Node, hosts: tuple[Node, Node]) -> Iterator[tuple[str,
             f"neighbour add {addresses[1 - number]} lladdr {(RIGHT, LEFT)[number].hex(':')}"
             " nud permanent dev bridged",
         )
+    # Until then, what is sent is lost.
+    ends = [(router, "port0"), (router, "port1"), *((host, "bridged") for host in hosts)]
+    wait_until(lambda: all(is_up(node, name) for node, name in ends), what="bridge in use")
     yield addresses
     for name in ("port0", "port1", "bridge0"):
         ip(router, f"link delete {name}")

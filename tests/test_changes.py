@@ -25,18 +25,17 @@ CTA_MARK, CTA_LABELS = 8, 22
 NFQA_VLAN_PROTO, NFQA_VLAN_TCI = 1, 2
 
 L2_HEADER = b"\2\0\0\0\0\1\2\0\0\0\0\2\x08\0"
-CONNECTION = attribute(CTA_LABELS, bytes(16))
 
 
 def packets_with_everything(wire: Wire, count: int) -> list[Packet]:
-    """Of the bridge family, and with a connection that has room for labels."""
+    """Of the bridge family, and with a connection."""
     made: list[Packet]
     made, _ = packets_from(
         [
             packet_message(
                 packet_header(id),
                 attribute(NFQA.L2HDR, L2_HEADER),
-                attribute(NFQA.CT, CONNECTION),
+                attribute(NFQA.CT, b""),
                 attribute(NFQA.PAYLOAD, IPV4),
                 family=socket.AF_BRIDGE,
             )
@@ -233,13 +232,6 @@ def test_change_that_the_kernel_would_ignore_is_refused(
 ) -> None:
     with pytest.raises(RuntimeError, match=complaint):
         CHANGES[name].ask(packet_by_hand(IPV4), value)
-
-
-def test_connection_without_room_for_labels_gets_none() -> None:
-    [packet], _ = packets_from([packet_message(packet_header(), attribute(NFQA.CT, b""))])
-    packet.set_conntrack_mark(1)
-    with pytest.raises(RuntimeError, match="no room for labels"):
-        packet.set_conntrack_labels(b"1")
 
 
 def test_bridged_packet_without_a_header_gets_none() -> None:
