@@ -9,14 +9,15 @@ from netfilterqueue._channel cimport DEBUG, Slab, alive_now
 from netfilterqueue._netlink cimport Cursor, length_of, read_be16, read_be32, read_be64, value_of
 from netfilterqueue._nflogformat cimport find, find_in, sized
 from netfilterqueue._uapi cimport (
-    IF_NAMESIZE, NFULA_CT, NFULA_GID, NFULA_HWADDR, NFULA_HWHEADER, NFULA_HWTYPE,
+    IF_NAMESIZE, NFULA_CT, NFULA_CT_INFO, NFULA_GID, NFULA_HWADDR, NFULA_HWHEADER, NFULA_HWTYPE,
     NFULA_IFINDEX_INDEV, NFULA_IFINDEX_OUTDEV, NFULA_IFINDEX_PHYSINDEV, NFULA_IFINDEX_PHYSOUTDEV,
     NFULA_MARK, NFULA_PACKET_HDR, NFULA_PAYLOAD, NFULA_PREFIX, NFULA_SEQ, NFULA_SEQ_GLOBAL,
     NFULA_TIMESTAMP, NFULA_UID, NFULA_VLAN, NFULA_VLAN_PROTO, NFULA_VLAN_TCI, if_indextoname,
     nfulnl_msg_packet_hdr, nfulnl_msg_packet_hw, nfulnl_msg_packet_timestamp, nlattr, nlmsghdr,
 )
 
-from netfilterqueue.constants import Vlan
+from netfilterqueue import conntrack
+from netfilterqueue.vlan import Vlan
 
 # The attributes in the order of dict(data).
 ATTRIBUTES = (
@@ -175,7 +176,8 @@ cdef class NflogData:
 
     @property
     def vlan(self):
-        """The ``Vlan(proto, tci)`` of a bridged packet that has a VLAN tag (NFULA_VLAN)."""
+        """The VLAN tag of a bridged packet, a ``netfilterqueue.vlan.Vlan``; None where there is
+        none (NFULA_VLAN)."""
         cdef const nlattr *nested = find(self.message, self.length, NFULA_VLAN)
         if nested is NULL:
             return None
@@ -185,8 +187,10 @@ cdef class NflogData:
 
     @property
     def conntrack(self):
-        """The packet's connection as the kernel encodes it, bytes (FLAG_CONNTRACK, NFULA_CT)."""
-        return bytes_in(self, NFULA_CT)
+        """The connection that it belongs to, a ``netfilterqueue.conntrack.Conntrack``, decoded each
+        time. None where it is not tracked or without FLAG_CONNTRACK (NFULA_CT)."""
+        content = bytes_in(self, NFULA_CT)
+        return None if content is None else conntrack.decode(content, bytes_in(self, NFULA_CT_INFO))
 
 
 cdef const char *value_in(NflogData data, uint16_t kind, size_t size) noexcept:

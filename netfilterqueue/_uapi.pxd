@@ -409,6 +409,7 @@ cdef extern from "<linux/netfilter/nfnetlink_log.h>" nogil:
         NFULA_HWTYPE
         NFULA_HWHEADER
         NFULA_CT
+        NFULA_CT_INFO
         NFULA_VLAN
         NFULA_VLAN_PROTO
         NFULA_VLAN_TCI

@@ -7,7 +7,6 @@ such as tests and tools that only print.
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import NamedTuple
 
 
 class Verdict(IntEnum):
@@ -46,15 +45,6 @@ class Hook(IntEnum):
     OUTPUT = 3
     #: Routed and about to leave.
     POSTROUTING = 4
-
-
-class Vlan(NamedTuple):
-    """The VLAN tag of a bridged packet (IEEE 802.1Q)."""
-
-    #: The kind of tag: 0x8100, or 0x88A8 for the outer one of two.
-    proto: int
-    #: Priority (3 bits), drop eligible (1 bit), VLAN number (12 bits).
-    tci: int
 
 
 #: Copy modes (``enum nfqnl_config_mode`` of ``<linux/netfilter/nfnetlink_queue.h>``): how much of

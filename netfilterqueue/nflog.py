@@ -27,7 +27,7 @@ from ._nflog import (
     open_group,
 )
 from ._nflogdata import NflogData
-from .constants import COPY_META, COPY_NONE, COPY_PACKET, Vlan
+from .constants import COPY_META, COPY_NONE, COPY_PACKET
 
 __all__ = [
     "COPY_META",
@@ -45,7 +45,6 @@ __all__ = [
     "NflogDroppedError",
     "NflogError",
     "NflogRetryError",
-    "Vlan",
     "open",
 ]
 

@@ -4,7 +4,9 @@ from typing import Any, final
 
 from typing_extensions import Self
 
-from .constants import COPY_META, COPY_NONE, COPY_PACKET, Vlan
+from .conntrack import Conntrack
+from .constants import COPY_META, COPY_NONE, COPY_PACKET
+from .vlan import Vlan
 
 __all__ = [
     "COPY_META",
@@ -22,7 +24,6 @@ __all__ = [
     "NflogDroppedError",
     "NflogError",
     "NflogRetryError",
-    "Vlan",
     "open",
 ]
 
@@ -41,7 +42,7 @@ class NflogRetryError(NflogError): ...
 @final
 class NflogData:
     @property
-    def conntrack(self) -> bytes | None: ...
+    def conntrack(self) -> Conntrack | None: ...
     @property
     def gid(self) -> int | None: ...
     @property

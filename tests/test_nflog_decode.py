@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from messages import FAMILY_HEADER, NLA_F_NESTED, NLMSG_DONE, aligned, attribute, message
 from netfilterqueue import Hook, _nflog  # type: ignore[attr-defined]
-from netfilterqueue.nflog import NflogData, Vlan
+from netfilterqueue.conntrack import Conntrack, ConntrackState, ConntrackTuple, encode
+from netfilterqueue.nflog import NflogData
+from netfilterqueue.vlan import Vlan
 
 NFNL_SUBSYS_ULOG = 4
 LOG, CONFIG = (NFNL_SUBSYS_ULOG << 8 | number for number in range(2))
@@ -104,7 +106,6 @@ ANY_LENGTH = [
     Field(NFULA.PREFIX, b"no end", "prefix", "no end"),
     Field(NFULA.PREFIX, b"\0", "prefix", ""),
     Field(NFULA.PREFIX, b"Latin-1 \xe4\0", "prefix", "Latin-1 \udce4"),
-    Field(NFULA.CT | NLA_F_NESTED, b"connection", "conntrack", b"connection"),
 ]
 
 
@@ -142,6 +143,18 @@ def test_vlan_is_a_nested_attribute() -> None:
     assert one(attribute(kind, tci)).vlan is None
     assert one(attribute(kind, proto + tci[:-4])).vlan is None
     assert one().vlan is None
+
+
+def test_connection_is_decoded() -> None:
+    original = ConntrackTuple(protocol=17, source="192.0.2.1", destination="192.0.2.2")
+    connection = Conntrack(original=original, mark=7, id=9)
+    content = attribute(NFULA.CT | NLA_F_NESTED, encode(connection))
+    info = attribute(NFULA.CT_INFO, struct.pack("!I", ConntrackState.ESTABLISHED.value))
+    assert one(content).conntrack == connection
+    found = one(content, info).conntrack
+    assert found is not None
+    assert (found.state, found.original) == (ConntrackState.ESTABLISHED, original)
+    assert one(info).conntrack is None
 
 
 def test_message_without_attributes_has_none_of_them() -> None:
@@ -195,7 +208,7 @@ def read_everything(datagrams: list[bytes]) -> list[NflogData]:
     messages, _ = _nflog.messages_from(datagrams)
     for data in messages:
         values = dict(data)
-        for name in ("payload", "hwhdr", "hwaddr", "conntrack"):
+        for name in ("payload", "hwhdr", "hwaddr"):
             if values[name] is not None:
                 assert any(values[name] in datagram for datagram in datagrams)
     return list(messages)

@@ -7,7 +7,9 @@ from typing import Any
 from typing_extensions import assert_type
 
 from netfilterqueue import nflog
-from netfilterqueue.nflog import Nflog, NflogData, Vlan
+from netfilterqueue.conntrack import Conntrack
+from netfilterqueue.nflog import Nflog, NflogData
+from netfilterqueue.vlan import Vlan
 
 
 def reads(log: Nflog) -> None:
@@ -41,4 +43,5 @@ def attributes(data: NflogData) -> None:
     assert_type(data.timestamp, float | None)
     assert_type(data.vlan, Vlan | None)
     assert_type(dict(data), dict[str, Any])
+    assert_type(data.conntrack, Conntrack | None)
     data.nfmark = 3  # type: ignore[misc]
