@@ -33,12 +33,14 @@ from netfilterqueue._sandbox import search_path
 from netfilterqueue.testing import Sandbox, SandboxUnavailable
 from support import (
     CHAINS,
+    LOG_PREFIX,
     RECEIVE_BUFFER,
     Program,
     QueuedUdp,
     SocketReader,
     Traffic,
     bound_queues,
+    open_groups,
 )
 from teams import start_team
 
@@ -56,6 +58,7 @@ FORBIDDEN = pytest.StashKey[str]()
 FAILED = pytest.StashKey[bool]()
 
 queue_numbers = itertools.count(1)
+group_numbers = itertools.count(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -285,6 +288,36 @@ def flow(queue: NetfilterQueue, queue_num: int, queued: Callable[..., UdpFlow]) 
     """Traffic to `queue`, which is bound without a callback: to be pulled."""
     queue.bind(queue_num, sock_len=RECEIVE_BUFFER)
     return queued()
+
+
+@pytest.fixture
+def group(router: Node) -> Iterator[int]:
+    """The number of a log group that no other test uses."""
+    number = next(group_numbers)
+    yield number
+    assert number not in open_groups(), "the group was left open"
+
+
+@pytest.fixture
+def logged(group: int, rules: Callable[..., Rule], traffic: Traffic) -> Callable[..., UdpFlow]:
+    """Make UDP traffic that goes to `group`: `logged("forward", chain="POSTROUTING")`."""
+
+    def flow(
+        path: str = "loopback",
+        *options: object,
+        chain: str = "INPUT",
+        table: str = "filter",
+        ipv6: bool = False,
+        prefix: str = LOG_PREFIX,
+    ) -> UdpFlow:
+        made = traffic.udp(path, ipv6=ipv6)
+        target = ["-j", "NFLOG", "--nflog-group", group, *options]
+        if prefix:
+            target += ["--nflog-prefix", prefix]
+        rules(chain, "-p", "udp", "--dport", made.port, *target, table=table, ipv6=ipv6)
+        return made
+
+    return flow
 
 
 @pytest.fixture

@@ -47,6 +47,9 @@ CAPABILITY_VERSION_3 = 0x20080522
 CAPABILITY_HEADER = struct.Struct("=Ii")
 CAPABILITY_DATA = struct.Struct("=6I")
 
+# What the rules of the fixture `logged` put before each message.
+LOG_PREFIX = "logged: "
+
 # The paths of a packet, as seen from the router, where the tests run; and a chain on each.
 CHAINS = {"loopback": "INPUT", "input": "INPUT", "forward": "FORWARD", "output": "OUTPUT"}
 
@@ -196,6 +199,13 @@ def readable(queue: netfilterqueue.NetfilterQueue) -> bool:
 def bound_queues(node: Node | None = None) -> dict[int, KernelQueue]:
     """The queues that somebody has bound in this process's network namespace, or in a node's."""
     return kernel_queues(node.pid if node else None)
+
+
+def open_groups() -> dict[int, list[str]]:
+    """The kernel's table of log groups in this process's network namespace: number to the rest."""
+    path = Path("/proc/self/net/netfilter/nfnetlink_log")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {int(line.split()[0]): line.split()[1:] for line in lines}
 
 
 def wait_until_queued(queue_num: int, count: int) -> None:

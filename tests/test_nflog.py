@@ -24,58 +24,27 @@ import trio
 import netfilterqueue.nflog as nflogr
 from netfilterqueue import Hook
 from netfilterqueue.nflog import Nflog, NflogData
-from support import TIMEOUT, alarm, in_thread, wait_until, wait_until_blocked
+from support import (
+    LOG_PREFIX,
+    TIMEOUT,
+    alarm,
+    in_thread,
+    open_groups,
+    wait_until,
+    wait_until_blocked,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from netfilterqueue.testing import Node, Rule
+    from netfilterqueue.testing import Node
     from support import Program, Traffic, UdpFlow
-
-PREFIX = "logged: "
-group_numbers = itertools.count(1)
-
-
-def open_groups() -> dict[int, list[str]]:
-    """The lines of the kernel's table of log groups."""
-    path = Path("/proc/self/net/netfilter/nfnetlink_log")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {int(line.split()[0]): line.split()[1:] for line in lines}
 
 
 def sent(data: NflogData) -> bytes:
     """What the datagram of a `UdpFlow` carries."""
     assert data.payload is not None
     return data.payload[28:] if data.payload[0] >> 4 == 4 else data.payload[48:]
-
-
-@pytest.fixture
-def group(router: Node) -> Iterator[int]:
-    number = next(group_numbers)
-    yield number
-    assert number not in open_groups(), "the group was left open"
-
-
-@pytest.fixture
-def logged(group: int, rules: Callable[..., Rule], traffic: Traffic) -> Callable[..., UdpFlow]:
-    """Make UDP traffic that goes to `group`: `logged("forward", chain="POSTROUTING")`."""
-
-    def flow(
-        path: str = "loopback",
-        *options: object,
-        chain: str = "INPUT",
-        table: str = "filter",
-        ipv6: bool = False,
-        prefix: str = PREFIX,
-    ) -> UdpFlow:
-        made = traffic.udp(path, ipv6=ipv6)
-        target = ["-j", "NFLOG", "--nflog-group", group, *options]
-        if prefix:
-            target += ["--nflog-prefix", prefix]
-        rules(chain, "-p", "udp", "--dport", made.port, *target, table=table, ipv6=ipv6)
-        return made
-
-    return flow
 
 
 @pytest.fixture
@@ -115,7 +84,7 @@ def test_every_attribute_on_every_hook(
     assert data.hook == hook
     assert data.proto == (0x86DD if ipv6 else 0x0800)
     assert sent(data) == b"hello"
-    assert data.prefix == PREFIX
+    assert data.prefix == LOG_PREFIX
     assert data.seq == 0
     assert data.seq_global is not None
     assert (data.indev is None) != entering
@@ -169,7 +138,7 @@ def test_how_much_is_copied(
         flow.send(bytes(100))
         data = log.next()
     assert data is not None
-    assert data.prefix == PREFIX
+    assert data.prefix == LOG_PREFIX
     assert (None if data.payload is None else len(data.payload)) == length
 
 
