@@ -15,6 +15,7 @@ from setuptools.command.build_ext import build_ext
 PACKAGE = "netfilterqueue"
 MODULES = (
     "_netns",
+    "_signals",
     "_channel",
     "_outbox",
     "_checksums",

@@ -2,6 +2,7 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from netfilterqueue._netlink cimport Cursor
+from netfilterqueue._signals cimport Watch
 from netfilterqueue._uapi cimport iovec, mmsghdr, nlmsghdr
 
 
@@ -77,7 +78,6 @@ cdef class Channel:
     cdef list slabs             # a small pool; those with users are passed over
     cdef list arrived           # slabs with messages that came while an answer was awaited
     cdef list refusals          # (sequence number, errno) of messages that asked for no answer
-    cdef bint looks_back        # see look_back()
     cdef bint nudged            # an acknowledgement that nobody awaits is in the socket
     cdef uint64_t overruns      # how often the kernel said that messages did not fit: ENOBUFS
     cdef uint64_t lost          # what lost_to_overruns() said last
@@ -86,11 +86,11 @@ cdef class Channel:
     cdef uint32_t port_id(self) except? 0
     cdef int shape(self, unsigned int slots, size_t slot_size) except -1
     cdef Slab spare_slab(self)
-    cdef Slab receive(self, int flags)
+    cdef Slab receive(self, Watch *watch)
+    cdef bint never_waits(self) except -1
     cdef int await_readable(self, int milliseconds) except -1
-    cdef int look_back(self, bint on) except -1
     cdef int take(self, const nlmsghdr *message, size_t length) except -1
-    cdef Slab receive_until(self, double deadline)
+    cdef Slab receive_until(self, double deadline, Watch *watch)
     cdef int end_reading(self) except -1
     cdef int begin_foreign(self) except -1
     cdef int end_foreign(self) except -1

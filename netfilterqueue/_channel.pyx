@@ -7,16 +7,16 @@ from libc.stdint cimport uint32_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
-from netfilterqueue._netlink cimport Cursor, next_message
+from netfilterqueue._netlink cimport Cursor, next_message, send_noop
+from netfilterqueue._signals cimport Watch, begin_watch, forget_socket
 from netfilterqueue._uapi cimport close as close_descriptor
 from netfilterqueue._uapi cimport (
-    AF_NETLINK, F_DUPFD_CLOEXEC, F_GETFL, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_WAITFORONE,
-    NETLINK_CAP_ACK, NETLINK_NETFILTER, NETLINK_NO_ENOBUFS, NLMSG_ERROR, NLMSG_MIN_TYPE,
-    NLMSG_NOOP, NLM_F_ACK, NLM_F_REQUEST, O_NONBLOCK, POLLIN, SIOCGIFNAME, SK_MEMINFO_DROPS,
-    SOCK_CLOEXEC, SOCK_RAW, SOL_NETLINK, SOL_SOCKET, SO_DOMAIN, SO_MEMINFO, SO_PROTOCOL,
-    SO_RCVBUF, SO_RCVBUFFORCE, SO_RCVTIMEO, SO_TIMESTAMP, bind, connect, fcntl, getsockname,
-    getsockopt, ifreq, ioctl, mmsghdr, mnl_nlmsg_put_header, nlmsgerr, nlmsghdr, poll, pollfd,
-    recvmmsg, send, setsockopt, sockaddr, sockaddr_nl, socket, socklen_t, timeval,
+    AF_NETLINK, F_DUPFD_CLOEXEC, F_GETFL, MSG_DONTWAIT, MSG_NOSIGNAL, NETLINK_CAP_ACK,
+    NETLINK_NETFILTER, NETLINK_NO_ENOBUFS, NLMSG_ERROR, NLMSG_MIN_TYPE, O_NONBLOCK, POLLIN,
+    SIOCGIFNAME, SK_MEMINFO_DROPS, SOCK_CLOEXEC, SOCK_RAW, SOL_NETLINK, SOL_SOCKET, SO_DOMAIN,
+    SO_MEMINFO, SO_PROTOCOL, SO_RCVBUF, SO_RCVBUFFORCE, SO_TIMESTAMP, bind, connect, fcntl,
+    getsockname, getsockopt, ifreq, ioctl, mmsghdr, nlmsgerr, nlmsghdr, poll, pollfd, recv,
+    recvmmsg, send, setsockopt, sockaddr, sockaddr_nl, socket, socklen_t,
 )
 
 import os
@@ -27,7 +27,6 @@ cdef enum:
     POOLED_SLABS = 4
     PAGE = 4096
     CACHE_LINE = 64
-    LOOK_BACK = 100000  # microseconds
     MAX_MILLISECONDS = 0x7FFFFFFF
 
 # How often a request is sent whose answer is lost.
@@ -206,24 +205,25 @@ cdef class Channel:
             self.slabs.append(slab)
         return slab
 
-    cdef Slab receive(self, int flags):
+    cdef Slab receive(self, Watch *watch):
         """One read of as many datagrams as there are and fit; the slab is the caller's, who counts
-        its users down. None where nothing is pending and the socket or the flags forbid waiting."""
+        its users down. Without a watch over signals, or if somebody has made the descriptor
+        non-blocking: None where nothing is pending. The caller ends the watch."""
         cdef Slab slab
         cdef int count, error
         # First of all: whoever wants to wake this thread looks whether there is a reader.
         self.readers += 1
         try:
             while True:
-                # The last moment before the wait: a signal that came earlier is handled now.
                 PyErr_CheckSignals()
                 # Nothing from here to the read lets other code run, which could take the same one.
                 slab = self.spare_slab()
                 slab.users += 1
                 self.reading += 1
                 with nogil:
-                    count = recvmmsg(self.fd, slab.headers, slab.slots,
-                                     flags | MSG_WAITFORONE, NULL)
+                    count = recvmmsg(self.fd, slab.headers, slab.slots, MSG_DONTWAIT, NULL)
+                    if count < 0 and watch is not NULL and watch.begun and errno == EAGAIN:
+                        count = receive_one(slab, self.fd)
                     error = errno
                 self.end_reading()
                 if count > 0:
@@ -234,45 +234,45 @@ cdef class Channel:
                 if self.fd < 0:
                     return None
                 if error == EAGAIN:
-                    if flags & MSG_DONTWAIT or check(fcntl(self.fd, F_GETFL), "fcntl") & O_NONBLOCK:
+                    if watch is NULL or watch.begun and self.never_waits():
                         return None
-                    # The time of look_back() is over.
-                    PyErr_CheckSignals()
-                    self.await_readable(-1)
-                    continue
+                    begin_watch(self.fd, watch)
                 # What was lost shows in the kernel's counters; report_overruns() has it told here.
-                if error == ENOBUFS:
+                elif error == ENOBUFS:
                     self.overruns += 1
                 elif error != EINTR:
                     raise os_error(error, "cannot read from the netlink socket")
         finally:
             self.readers -= 1
 
-    cdef Slab receive_until(self, double deadline):
+    cdef bint never_waits(self) except -1:
+        """Somebody has made the descriptor non-blocking."""
+        return check(fcntl(self.fd, F_GETFL), "fcntl") & O_NONBLOCK
+
+    cdef Slab receive_until(self, double deadline, Watch *watch):
         """receive(), but None after ``deadline``, on the clock of time.monotonic()."""
         cdef Slab slab
-        # The first wait is not for longer: see look_back().
-        cdef double most = LOOK_BACK / 1e6
         # All the time, or a wake-up between two of the calls would not be sent.
         self.readers += 1
         try:
             while True:
-                slab = self.receive(MSG_DONTWAIT)
+                slab = self.receive(NULL)
                 if slab is not None or self.fd < 0:
                     return slab
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
                     return None
+                begin_watch(self.fd, watch)
                 # Rounded up, or the last wait would be followed by many that are too short.
-                self.await_readable(<int> min(min(remaining, most) * 1000 + 1, MAX_MILLISECONDS))
-                most = remaining
+                self.await_readable(<int> min(remaining * 1000 + 1, MAX_MILLISECONDS))
         finally:
             self.readers -= 1
 
     cdef int await_readable(self, int milliseconds) except -1:
-        """Wait until there is something to read, or a signal came, or so long; -1: for ever."""
+        """Wait until there is something to read, or a signal came, or so long."""
         cdef pollfd descriptor
         cdef int result, error
+        PyErr_CheckSignals()
         descriptor.fd = self.fd
         descriptor.events = POLLIN
         self.reading += 1
@@ -282,23 +282,6 @@ cdef class Channel:
         self.end_reading()
         if result < 0 and error != EINTR:
             raise os_error(error, "cannot wait for the netlink socket")
-        return 0
-
-    cdef int look_back(self, bint on) except -1:
-        """Have a reader that waits look for signals once more, LOOK_BACK after it began to wait.
-
-        A signal that comes after the look at it and before the wait would not be handled until the
-        next packet came; and programs get signals when they have just shown something, which is
-        when a packet was handled. LOOK_BACK later, nothing makes the two meet.
-        """
-        cdef timeval after
-        if on == self.looks_back:
-            return 0
-        self.looks_back = on
-        after.tv_sec = 0
-        after.tv_usec = LOOK_BACK if on else 0
-        # This fails on a descriptor that somebody has closed, and then so does the read.
-        setsockopt(self.fd, SOL_SOCKET, SO_RCVTIMEO, &after, sizeof(after))
         return 0
 
     cdef int end_reading(self) except -1:
@@ -390,7 +373,7 @@ cdef class Channel:
         cdef Slab slab
         deadline = time.monotonic() + PATIENCE
         while self.answers[sequence] is None:
-            slab = self.receive(MSG_DONTWAIT)
+            slab = self.receive(NULL)
             if slab is not None:
                 self.keep(slab)
             elif self.answers[sequence] is not None:
@@ -413,7 +396,7 @@ cdef class Channel:
         """Read the socket empty and forget what was in it."""
         cdef Slab slab
         while True:
-            slab = self.receive(MSG_DONTWAIT)
+            slab = self.receive(NULL)
             if slab is None:
                 break
             self.arrived.append(slab)
@@ -430,13 +413,10 @@ cdef class Channel:
     cdef int wake(self) except -1:
         """Make a blocked reader return, and the socket poll readable: the kernel acknowledges a
         message that asks for nothing else. Safe from any thread and from signal handlers."""
-        cdef nlmsghdr message
         if self.fd < 0:
             return 0
-        mnl_nlmsg_put_header(&message)
-        message.nlmsg_type = NLMSG_NOOP
-        message.nlmsg_flags = NLM_F_REQUEST | NLM_F_ACK
-        return self.transmit(&message)
+        check(<int> send_noop(self.fd), "cannot send to the kernel")
+        return 0
 
     cdef int nudge(self) except -1:
         """Make the socket poll readable, if it has not been made so since the latest read."""
@@ -508,9 +488,22 @@ cdef class Channel:
         if fd >= 0:
             if DEBUG:
                 alive_now.descriptors -= 1
+            forget_socket(fd)
             # Linux has closed the descriptor whatever close() returns.
             close_descriptor(fd)
         return 0
+
+
+cdef int receive_one(Slab slab, int fd) noexcept nogil:
+    """Wait for a datagram; 1, or -1 with errno.
+
+    It is decided the sooner if nobody looks for a second one first: the next read does that.
+    """
+    cdef ssize_t length = recv(fd, slab.vectors[0].iov_base, slab.vectors[0].iov_len, 0)
+    if length < 0:
+        return -1
+    slab.headers[0].msg_len = <unsigned int> length
+    return 1
 
 
 cdef int require_netfilter(int sockfd) except -1:

@@ -14,6 +14,7 @@ from netfilterqueue._nfqueue cimport (
 from netfilterqueue._outbox cimport Outbox
 from netfilterqueue._packet cimport Packet
 from netfilterqueue._receiver cimport Limits, Receiver, limits_of, used_up
+from netfilterqueue._signals cimport end_watch
 from netfilterqueue._uapi cimport (
     NFQA_CFG_F_CONNTRACK, NFQA_CFG_F_FAIL_OPEN, NFQA_CFG_F_GSO, NFQA_CFG_F_SECCTX,
     NFQA_CFG_F_UID_GID, close, getpid, nlmsghdr,
@@ -475,6 +476,8 @@ cdef class NetfilterQueue(Receiver):
             while self.fill(outbox, &limits, None):
                 packet = self.pull()
                 if packet is not None:
+                    # Nobody knows which thread comes back, nor when.
+                    end_watch(&limits.watch)
                     yield packet
         finally:
             self.leave(outbox, &limits)

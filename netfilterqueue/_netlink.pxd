@@ -10,7 +10,8 @@ from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from netfilterqueue._uapi cimport (
-    NLA_F_NESTED, NLA_TYPE_MASK, be64toh, htonl, htons, nlattr, nlmsghdr, ntohl, ntohs,
+    MSG_NOSIGNAL, NLA_F_NESTED, NLA_TYPE_MASK, NLMSG_NOOP, NLM_F_ACK, NLM_F_REQUEST, be64toh,
+    htonl, htons, mnl_nlmsg_put_header, nlattr, nlmsghdr, ntohl, ntohs, send,
 )
 
 
@@ -120,6 +121,15 @@ cdef inline nlattr *begin_nested(nlmsghdr *message, uint16_t kind) noexcept nogi
 
 cdef inline void end_nested(nlmsghdr *message, nlattr *attribute) noexcept nogil:
     attribute.nla_len = <uint16_t> (<char *> message + message.nlmsg_len - <char *> attribute)
+
+
+cdef inline ssize_t send_noop(int socket) noexcept nogil:
+    """Have the kernel send the socket an acknowledgement, and nothing else. -1 with errno."""
+    cdef nlmsghdr message
+    mnl_nlmsg_put_header(&message)
+    message.nlmsg_type = NLMSG_NOOP
+    message.nlmsg_flags = NLM_F_REQUEST | NLM_F_ACK
+    return send(socket, &message, message.nlmsg_len, MSG_NOSIGNAL)
 
 
 # Attribute values are aligned to 4 bytes only: memcpy is how C reads them at any alignment.

@@ -5,10 +5,10 @@ made for it, which enters the namespace, opens, and ends.
 """
 from libc.errno cimport EINVAL, EPERM, errno
 
+from netfilterqueue._threads cimport start_thread
 from netfilterqueue._uapi cimport (
-    AF_NETLINK, CLONE_NEWNET, NETLINK_NETFILTER, O_CLOEXEC, O_RDONLY, SIG_SETMASK, SIOCGSKNS,
-    SOCK_CLOEXEC, SOCK_RAW, ioctl, open as open_file, pthread_create, pthread_join,
-    pthread_sigmask, pthread_t, setns, sigfillset, sigset_t, socket,
+    AF_NETLINK, CLONE_NEWNET, NETLINK_NETFILTER, O_CLOEXEC, O_RDONLY, SIOCGSKNS, SOCK_CLOEXEC,
+    SOCK_RAW, ioctl, open as open_file, pthread_join, pthread_t, setns, socket,
 )
 
 import os
@@ -47,14 +47,8 @@ cdef void *run_errand(void *argument) noexcept nogil:
 
 cdef int send_off(Errand *errand) noexcept nogil:
     """Have a thread do it, and await that; errno if there is no thread."""
-    cdef sigset_t all_signals, before
     cdef pthread_t thread
-    cdef int error
-    # Python's signal handlers belong on Python's threads.
-    sigfillset(&all_signals)
-    pthread_sigmask(SIG_SETMASK, &all_signals, &before)
-    error = pthread_create(&thread, NULL, run_errand, errand)
-    pthread_sigmask(SIG_SETMASK, &before, NULL)
+    cdef int error = start_thread(&thread, run_errand, errand, b"nfqueue-netns")
     if not error:
         pthread_join(thread, NULL)
     return error

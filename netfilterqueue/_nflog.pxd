@@ -38,7 +38,7 @@ cdef class Nflog:
     cdef int enter(self) except -1
     cdef int leave(self) except -1
     cdef int show_readable(self) except -1
-    cdef int read(self, int flags) except -1
+    cdef int read(self, bint wait) except -1
     cdef bint fill(self, bint wait) except -1
     cdef int take(self, Slab slab) except -1
     cdef NflogData next_read(self)

@@ -11,9 +11,10 @@ from netfilterqueue._nflogdata cimport NflogData, lend, settle
 from netfilterqueue._nflogformat cimport (
     ATTRIBUTE_ROOM, REQUEST_WORDS, GroupOptions, encode_bind, encode_unbind, find, is_log, sized,
 )
+from netfilterqueue._signals cimport Watch, end_watch
 from netfilterqueue._uapi cimport (
-    MSG_DONTWAIT, NFULA_SEQ, NFULNL_CFG_F_CONNTRACK, NFULNL_CFG_F_SEQ, NFULNL_CFG_F_SEQ_GLOBAL,
-    NLMSG_MIN_TYPE, getpid, nlmsghdr,
+    NFULA_SEQ, NFULNL_CFG_F_CONNTRACK, NFULNL_CFG_F_SEQ, NFULNL_CFG_F_SEQ_GLOBAL, NLMSG_MIN_TYPE,
+    getpid, nlmsghdr,
 )
 
 import os
@@ -144,7 +145,6 @@ cdef class Nflog:
         nlbuf = options.nlbuf or DEFAULT_NLBUF
         self.channel.shape(slots_for(min(options.qthresh * SMALL_MESSAGE, nlbuf)),
                            longest_datagram(max(nlbuf, ATTRIBUTE_ROOM + longest)))
-        self.channel.look_back(True)
         if options.rcvbuf:
             self.channel.size_receive_buffer(options.rcvbuf)
         self.group = options.group
@@ -255,11 +255,11 @@ cdef class Nflog:
         """
         cdef uint64_t before = self.queued
         if not wait:
-            self.read(MSG_DONTWAIT)
+            self.read(False)
             return self.queued - before
         self.enter()
         try:
-            while self.queued == before and not self.stopping and self.read(0):
+            while self.queued == before and not self.stopping and self.read(True):
                 pass
             return self.queued - before
         finally:
@@ -350,16 +350,21 @@ cdef class Nflog:
         while not (wait and self.stopping):
             if self.queued:
                 return True
-            if not self.read(0 if wait else MSG_DONTWAIT):
+            if not self.read(wait):
                 return False
         return False
 
-    cdef int read(self, int flags) except -1:
+    cdef int read(self, bint wait) except -1:
         """Read once; 0 where nothing is pending or the handle is closed."""
         cdef Slab slab
+        cdef Watch watch
         if self.closed:
             return 0
-        slab = self.channel.receive(flags)
+        watch.begun = False
+        try:
+            slab = self.channel.receive(&watch if wait else NULL)
+        finally:
+            end_watch(&watch)
         if slab is not None:
             self.take(slab)
         self.note_overruns()

@@ -5,14 +5,14 @@ from libc.stdlib cimport calloc, free, malloc, realloc
 
 from netfilterqueue._channel cimport DEBUG, alive_now
 from netfilterqueue._nfqueue cimport Decision, decision_size, encode_verdict
+from netfilterqueue._threads cimport start_thread
 from netfilterqueue._uapi cimport (
-    CLOCK_MONOTONIC, MSG_NOSIGNAL, SIG_SETMASK, clock_gettime, clock_time, pthread_atfork,
+    CLOCK_MONOTONIC, MSG_NOSIGNAL, clock_gettime, clock_time, pthread_atfork,
     pthread_cond_destroy, pthread_cond_init, pthread_cond_signal, pthread_cond_timedwait,
     pthread_cond_wait, pthread_condattr_destroy, pthread_condattr_init,
-    pthread_condattr_setclock, pthread_condattr_t, pthread_create, pthread_join,
-    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
-    pthread_mutex_trylock, pthread_mutex_unlock, pthread_setname_np, pthread_sigmask, send,
-    sigfillset, sigset_t,
+    pthread_condattr_setclock, pthread_condattr_t, pthread_join, pthread_mutex_destroy,
+    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_trylock,
+    pthread_mutex_unlock, send,
 )
 
 from netfilterqueue._advice import verdicts_not_sent
@@ -275,19 +275,13 @@ cdef void note_failure(Waiting *waiting, uint64_t flight) noexcept nogil:
 # verdict that is not sent at once wakes it.
 
 cdef void start(Waiting *waiting) noexcept nogil:
-    cdef sigset_t all_signals, before
-    # Python's signal handlers belong on Python's threads.
-    sigfillset(&all_signals)
-    pthread_sigmask(SIG_SETMASK, &all_signals, &before)
     waiting.ending = False
     waiting.parked = False
     # Without a helper every verdict is sent at once: slower, and as right.
-    if pthread_create(&waiting.helper, NULL, help_sending, waiting) == 0:
+    if start_thread(&waiting.helper, help_sending, waiting, b"nfqueue-verdict") == 0:
         waiting.running = True
-        pthread_setname_np(waiting.helper, b"nfqueue-verdict")
         if DEBUG:
             alive_now.helpers += 1
-    pthread_sigmask(SIG_SETMASK, &before, NULL)
 
 
 cdef void stop_helper(Waiting *waiting) noexcept nogil:

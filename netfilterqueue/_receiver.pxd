@@ -4,6 +4,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from netfilterqueue._channel cimport Channel, Slab
 from netfilterqueue._outbox cimport VERDICTS, Outbox
 from netfilterqueue._packet cimport Batch, Packet, Tally
+from netfilterqueue._signals cimport Watch
 
 
 cdef struct Limits:
@@ -13,7 +14,7 @@ cdef struct Limits:
     bint emptied                # nothing is left of them, and it does not wait for others
     uint64_t stops              # of the queue's calls of stop(), those that are not for it
     unsigned long thread        # that began it
-    bint handles_signals        # it waits on the thread that Python's signal handlers run on
+    Watch watch                 # over signals, once it waits
 
 cdef Limits limits_of(block, timeout, count) except *
 cdef bint used_up(const Limits *limits) except -1
@@ -40,11 +41,11 @@ cdef class Receiver:
     cdef int require_open(self) except -1
     cdef int require_bound(self) except -1
     cdef Outbox enter(self, Limits *limits)
-    cdef int leave(self, Outbox outbox, const Limits *limits) except -1
-    cdef int leave_with(self, list packets, Outbox outbox, const Limits *limits) except -1
+    cdef int leave(self, Outbox outbox, Limits *limits) except -1
+    cdef int leave_with(self, list packets, Outbox outbox, Limits *limits) except -1
     cdef bint stopped(self, const Limits *limits) noexcept
     cdef bint fill(self, Outbox outbox, Limits *limits, sock) except -1
-    cdef Slab read_socket(self, const Limits *limits)
+    cdef Slab read_socket(self, Limits *limits)
     cdef Slab read_through(self, sock)
     cdef bytes receive_from(self, sock)
     cdef Packet next_packet(self)

@@ -8,7 +8,7 @@ from libc.stdint cimport uint32_t
 from netfilterqueue._channel cimport Slab
 from netfilterqueue._outbox cimport VERDICTS, Outbox, is_verdict
 from netfilterqueue._packet cimport Batch, Packet, lend, new_batch, settle
-from netfilterqueue._uapi cimport MSG_DONTWAIT
+from netfilterqueue._signals cimport end_watch
 
 import math
 import threading
@@ -25,7 +25,7 @@ cdef Limits limits_of(block, timeout, count) except *:
     cdef Limits limits
     limits.wanted = PY_SSIZE_T_MAX if count is None else integer("count", count, 1, PY_SSIZE_T_MAX)
     limits.deadline = NEVER
-    limits.emptied = limits.handles_signals = False
+    limits.emptied = limits.watch.begun = False
     if timeout is not None:
         timeout = seconds("timeout", timeout, MAX_TIMEOUT)
         limits.deadline = time.monotonic() + timeout if timeout else AT_ONCE
@@ -60,8 +60,6 @@ cdef class Receiver:
 
     cdef Outbox enter(self, Limits *limits):
         self.require_bound()
-        limits.handles_signals = (limits.deadline == NEVER
-                                  and threading.current_thread() is threading.main_thread())
         limits.pending = self.max_len
         # A stop() that no call has ended by is for this one.
         limits.stops = self.heard
@@ -69,12 +67,11 @@ cdef class Receiver:
         self.runners.append(limits.thread)
         return self.outbox
 
-    cdef int leave(self, Outbox outbox, const Limits *limits) except -1:
+    cdef int leave(self, Outbox outbox, Limits *limits) except -1:
+        end_watch(&limits.watch)
         # In a forked child those of other threads are not there.
         if limits.thread in self.runners:
             self.runners.remove(limits.thread)
-        if limits.handles_signals:
-            self.channel.look_back(False)
         if self.runners and (self.stopped(limits) or outbox.closed):
             # One message wakes one reader: pass it on to the next.
             self.channel.wake()
@@ -86,7 +83,7 @@ cdef class Receiver:
             outbox.flush()
         return 0
 
-    cdef int leave_with(self, list packets, Outbox outbox, const Limits *limits) except -1:
+    cdef int leave_with(self, list packets, Outbox outbox, Limits *limits) except -1:
         """leave(), but what would cost the caller these packets is raised by a later call."""
         try:
             return self.leave(outbox, limits)
@@ -125,14 +122,12 @@ cdef class Receiver:
             self.take(slab, outbox)
         return False
 
-    cdef Slab read_socket(self, const Limits *limits):
+    cdef Slab read_socket(self, Limits *limits):
         if limits.deadline == AT_ONCE:
-            return self.channel.receive(MSG_DONTWAIT)
+            return self.channel.receive(NULL)
         if limits.deadline < NEVER:
-            return self.channel.receive_until(limits.deadline)
-        if limits.handles_signals:
-            self.channel.look_back(True)
-        return self.channel.receive(0)
+            return self.channel.receive_until(limits.deadline, &limits.watch)
+        return self.channel.receive(&limits.watch)
 
     cdef Slab read_through(self, sock):
         """A datagram from a socket object; None if nothing is pending there."""

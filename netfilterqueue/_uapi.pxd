@@ -1,4 +1,4 @@
-"""Declarations of the kernel's headers, POSIX threads, libmnl and libnetfilter_queue.
+"""Declarations of the kernel's headers, POSIX, libmnl and libnetfilter_queue.
 
 Declarations only: every number comes from the header that defines it.
 """
@@ -43,12 +43,10 @@ cdef extern from "<sys/socket.h>" nogil:
         SO_PROTOCOL
         SO_RCVBUF
         SO_RCVBUFFORCE
-        SO_RCVTIMEO
         SO_TIMESTAMP
         MSG_DONTWAIT
         MSG_NOSIGNAL
         MSG_TRUNC
-        MSG_WAITFORONE
 
     int socket(int domain, int type, int protocol)
     int bind(int fd, const sockaddr *address, socklen_t length)
@@ -57,6 +55,7 @@ cdef extern from "<sys/socket.h>" nogil:
     int getsockopt(int fd, int level, int name, void *value, socklen_t *length)
     int setsockopt(int fd, int level, int name, const void *value, socklen_t length)
     ssize_t send(int fd, const void *data, size_t length, int flags)
+    ssize_t recv(int fd, void *buffer, size_t length, int flags)
     int recvmmsg(int fd, mmsghdr *messages, unsigned int count, int flags, timespec *timeout)
 
 
@@ -64,12 +63,6 @@ cdef extern from "<net/if.h>" nogil:
     enum:
         IF_NAMESIZE
     char *if_indextoname(unsigned int index, char *name)
-
-
-cdef extern from "<sys/time.h>" nogil:
-    struct timeval:
-        long tv_sec
-        long tv_usec
 
 
 cdef extern from "<poll.h>" nogil:
@@ -101,6 +94,9 @@ cdef extern from "<sched.h>" nogil:
 
 cdef extern from "<unistd.h>" nogil:
     int close(int fd)
+    int pipe2(int *ends, int flags)
+    ssize_t read(int fd, void *buffer, size_t length)
+    ssize_t write(int fd, const void *data, size_t length)
     pid_t getpid()
 
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from netfilterqueue.testing import Rule
     from support import Program, Traffic, UdpFlow
 
+NETLINK_NETFILTER = 12
+
 # What a datagram says is done; whatever says nothing is accepted.
 PROGRAM = f"""
 import json, logging, os, signal, sys, threading
@@ -109,10 +111,13 @@ class Team:
         return pid
 
     def deliver_together(self, pid: int, flow: UdpFlow, *payloads: bytes) -> None:
-        """Let one read of a process bring all of these packets."""
+        """Let one read of a process bring all of these packets: not the one that it waits in,
+        which ends with the first packet that comes."""
+        wait_until(lambda: reads_packets(pid))
         self.halt(pid)
-        flow.send(*payloads)
+        flow.send(b"first", *payloads)
         os.kill(pid, signal.SIGCONT)
+        assert flow.receive() == b"first"
 
     def halt(self, pid: int) -> None:
         """Halt a process that waits."""
@@ -129,6 +134,20 @@ class Team:
         """End the program by a signal, as it should; return its output."""
         self.program.process.send_signal(number)
         return self.program.run()
+
+
+def reads_packets(pid: int) -> bool:
+    """Whether a thread of the process is in a system call on a netlink socket of netfilter's."""
+    with Path(f"/proc/{pid}/net/netlink").open(encoding="ascii") as table:
+        rows = [line.split() for line in table]
+    sockets = {f"socket:[{row[-1]}]" for row in rows if row[1] == str(NETLINK_NETFILTER)}
+    descriptors = {
+        hex(int(path.name))
+        for path in Path(f"/proc/{pid}/fd").iterdir()
+        if str(path.readlink()) in sockets
+    }
+    calls = Path(f"/proc/{pid}/task").glob("*/syscall")
+    return any(descriptors & set(call.read_text(encoding="ascii").split()[1:2]) for call in calls)
 
 
 def state(pid: int) -> str:

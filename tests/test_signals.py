@@ -354,6 +354,86 @@ class TestHandlers:
             udp.queue.run()
 
 
+class TestWakeupDescriptor:
+    """run() has Python write signals to a pipe of its own: the program's must not notice."""
+
+    @pytest.fixture
+    def own(self) -> Iterator[tuple[int, int]]:
+        """A pipe of the program's, as asyncio has one: its ends, the second in use."""
+        reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        assert signal.set_wakeup_fd(writer) == -1
+        try:
+            yield reader, writer
+        finally:
+            signal.set_wakeup_fd(-1)
+            os.close(reader)
+            os.close(writer)
+
+    def test_is_as_before(
+        self, own: tuple[int, int], queue: NetfilterQueue, queue_num: int
+    ) -> None:
+        queue.bind(queue_num, print, sock_len=RECEIVE_BUFFER)
+        for descriptor in (own[1], -1):
+            signal.set_wakeup_fd(descriptor)
+            queue.run(timeout=0.001)
+            assert signal.set_wakeup_fd(-1) == descriptor
+
+    @pytest.mark.parametrize("arrived", [False, True], ids=["while it waits", "in the callback"])
+    def test_gets_what_arrives(
+        self, own: tuple[int, int], queued_udp: Callable[..., QueuedUdp], arrived: bool
+    ) -> None:
+        def decide(packet: Packet) -> None:
+            packet.accept()
+            if arrived:
+                os.kill(os.getpid(), signal.SIGALRM)
+
+        udp = queued_udp(callback=decide)
+        if arrived:
+            in_thread(send_when_blocked, udp)
+        with alarm(60 if arrived else SOON, lambda *_: udp.queue.stop()):
+            udp.queue.run()
+        assert os.read(own[0], 10) == bytes([signal.SIGALRM])
+
+    def test_stays_if_the_callback_sets_it(self, queued_udp: Callable[..., QueuedUdp]) -> None:
+        reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+        def decide(packet: Packet) -> None:
+            packet.accept()
+            signal.set_wakeup_fd(writer)
+            udp.queue.stop()
+
+        udp = queued_udp(callback=decide)
+        in_thread(send_when_blocked, udp)
+        udp.queue.run()
+        assert signal.set_wakeup_fd(-1) == writer
+        os.close(reader)
+        os.close(writer)
+
+    def test_is_the_programs_in_a_child(
+        self, own: tuple[int, int], queued_udp: Callable[..., QueuedUdp]
+    ) -> None:
+        children: list[int] = []
+
+        def fork(packet: Packet) -> None:
+            packet.accept()
+            udp.queue.stop()
+            child = os.fork()
+            if not child:
+                os._exit(signal.set_wakeup_fd(-1))
+            children.append(child)
+
+        udp = queued_udp(callback=fork)
+        in_thread(send_when_blocked, udp)
+        udp.queue.run()
+        _, status = os.waitpid(children[0], 0)
+        assert os.WEXITSTATUS(status) == own[1]
+
+
+def send_when_blocked(udp: QueuedUdp) -> None:
+    wait_until_blocked(udp.queue.fileno())
+    udp.flow.send(b"hello")
+
+
 class TestHelper:
     """The thread that sends verdicts in time is none of Python's: no signal is its own."""
 

@@ -184,7 +184,7 @@ class TestEnd:
         served.go_on()
         output = served.program.run()
         assert flow.arrived() == [b"1", b"2"]
-        assert "statistics: 3 packets in 1 queues, 0 dropped, 2 undecided" in output
+        assert "statistics: 4 packets in 1 queues, 0 dropped, 2 undecided" in output
 
     @pytest.mark.parametrize("processes", PROCESSES)
     def test_does_not_wait_for_ever_for_a_handler(

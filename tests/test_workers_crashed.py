@@ -216,7 +216,7 @@ class TestPacketsOfACrashedWorker:
         wait_until_queued(number, 0)
         assert not flow.arrived()
         served.end()
-        assert [handled.word for handled in served.handled] == ["hold", "exit", "after"]
+        assert [handled.word for handled in served.handled] == ["hold", "first", "exit", "after"]
 
     def test_that_a_thread_had_read_with_the_bad_one_are_not_lost(
         self, team: Callable[..., Team], flow: UdpFlow
