@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, Union
 
 from netfilterqueue._netns import namespace_named, namespace_of, open_table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from typing import Protocol, Union
 
     from netfilterqueue.constants import Verdict
 
-    class HasFileno(Protocol):
-        def fileno(self) -> int: ...
 
-    Namespace = Union[int, str, bytes, os.PathLike[str], HasFileno]
+class HasFileno(Protocol):
+    def fileno(self) -> int: ...
+
+
+# How users name a network namespace.
+Namespace = Union[int, str, bytes, "os.PathLike[str]", HasFileno]
 
 __all__ = ["KernelQueue", "QueueStats", "kernel_queues"]
 
