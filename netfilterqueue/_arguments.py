@@ -7,6 +7,8 @@ import operator
 import os
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 
+from netfilterqueue.constants import Verdict
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -38,6 +40,7 @@ class Binding(NamedTuple):
     timestamps: bool
     batch: int
     verdict_delay: float
+    default_verdict: int | None
 
 
 def integer(name: str, value: Any, lowest: int, highest: int) -> int:
@@ -73,6 +76,19 @@ def copy_mode(value: Any, name: str = "mode") -> int:
     return one_of(name, value, COPY_MODES)
 
 
+def verdict_for_all(value: Any) -> int | None:
+    """The default verdict, if it is one that suits every packet."""
+    if value is None:
+        return None
+    number = integer("default_verdict", value, 0, max(Verdict))
+    if number in (Verdict.STOLEN, Verdict.QUEUE):
+        raise ValueError(
+            f"default_verdict is {value!r}, but must be Verdict.DROP, ACCEPT, REPEAT or STOP, or "
+            "None to leave undecided packets in the kernel's queue"
+        )
+    return number
+
+
 def one_callback(user_callback: Any, callback: Any) -> Any:
     """The callback under either of the names that programs use for it."""
     if user_callback is not None and callback is not None:
@@ -99,6 +115,7 @@ def check_bind(
     timestamps: Any,
     batch: Any,
     verdict_delay: Any,
+    default_verdict: Any,
 ) -> Binding:
     return Binding(
         queue_num=integer("queue_num", queue_num, 0, 0xFFFF),
@@ -111,6 +128,7 @@ def check_bind(
         timestamps=bool(timestamps),
         batch=integer("batch", batch, 1, MAX_BATCH),
         verdict_delay=seconds("verdict_delay", verdict_delay, MAX_VERDICT_DELAY),
+        default_verdict=verdict_for_all(default_verdict),
     )
 
 

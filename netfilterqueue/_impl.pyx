@@ -11,7 +11,7 @@ from netfilterqueue._nfqueue cimport (
     ATTRIBUTE_ROOM, REQUEST_WORDS, encode_bind, encode_flags, encode_max_len, encode_mode,
     encode_unbind, encode_verdict_up_to,
 )
-from netfilterqueue._outbox cimport Outbox
+from netfilterqueue._outbox cimport NO_DEFAULT, Outbox
 from netfilterqueue._packet cimport Packet
 from netfilterqueue._receiver cimport Limits, Receiver, limits_of, used_up
 from netfilterqueue._signals cimport end_watch
@@ -140,7 +140,7 @@ cdef class NetfilterQueue(Receiver):
     def bind(self, queue_num, user_callback=None, max_len=1024, mode=constants.COPY_PACKET,
              range=65535, sock_len=2455552, *, callback=None, fail_open=False, gso=False,
              conntrack=False, uid_gid=False, secctx=False, timestamps=True, batch=32,
-             verdict_delay=0.001):
+             verdict_delay=0.001, default_verdict=None):
         """Bind the queue ``queue_num`` (0 to 65535) and configure it, in one request.
 
         ``user_callback`` (or ``callback``)
@@ -163,6 +163,10 @@ cdef class NetfilterQueue(Receiver):
         ``batch``, ``verdict_delay``
             Packets taken by one read at the most (1 to 1024), and seconds for which a verdict may
             wait for those of the other packets of its read. With 1, or 0, each is sent at once.
+        ``default_verdict``
+            The Verdict (DROP, ACCEPT, REPEAT or STOP) of packets that are garbage-collected
+            undecided, with the changes made to them. None: they stay in the kernel's queue, and a
+            ResourceWarning says so.
 
         Raises ValueError or TypeError for a wrong argument, RuntimeError if this object is bound
         already, OSError if the number is taken or the kernel lacks a flag, and PermissionError
@@ -171,7 +175,7 @@ cdef class NetfilterQueue(Receiver):
         flags = {"fail_open": fail_open, "gso": gso, "conntrack": conntrack, "uid_gid": uid_gid,
                  "secctx": secctx}
         binding = check_bind(queue_num, user_callback, max_len, mode, range, sock_len, callback,
-                             flags, timestamps, batch, verdict_delay)
+                             flags, timestamps, batch, verdict_delay, default_verdict)
         with self.transition:
             if self.outbox is not None:
                 raise RuntimeError("A queue is already bound; use unbind() first")
@@ -221,7 +225,8 @@ cdef class NetfilterQueue(Receiver):
         self.bound_by = getpid()
         self.heard = self.stops
         self.max_len = binding.max_len
-        self.outbox = Outbox(channel.fd, binding.verdict_delay, channel)
+        self.outbox = Outbox(channel.fd, binding.verdict_delay, channel, NO_DEFAULT
+                             if binding.default_verdict is None else binding.default_verdict)
         self.take_arrived()
         if self.first is not None or self.awaiting:
             # Packets are no longer in the socket, and event loops watch nothing else; nor is the
@@ -509,6 +514,10 @@ cdef class NetfilterQueue(Receiver):
         """What was counted since this object was made, as ``netfilterqueue.stats.QueueStats``."""
         cdef uint64_t malformed = self.tally.skipped.malformed
         cdef uint64_t overruns = 0
+        cdef uint64_t abandoned = self.abandoned
+        cdef Outbox outbox = self.outbox
+        if outbox is not None:
+            abandoned += outbox.waiting.abandoned
         if self.channel is not None:
             malformed += self.channel.malformed
             overruns = self.channel.lost_to_overruns()
@@ -518,6 +527,7 @@ cdef class NetfilterQueue(Receiver):
             batches=self.tally.batches,
             truncated=self.tally.truncated,
             verdicts=self.verdicts_given(),
+            abandoned=abandoned,
             verdict_errors=dict(self.verdict_errors),
             request_errors=self.request_errors,
             overruns=overruns,

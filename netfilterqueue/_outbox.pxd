@@ -13,6 +13,9 @@ cdef enum:
     FLIGHT_BITS = 0x7FFFFFFF
     # The kinds of verdicts fit into 3 bits; above them is the number of another queue, and a flag.
     VERDICTS = 8
+    # What becomes of a packet that is collected undecided, where no verdict is given to it:
+    NO_DEFAULT = -1         # nothing, and a warning
+    OTHERS_DECIDE = -2      # nothing: this binding's packets are the program's own affair
 
 
 cdef inline bint is_verdict(uint32_t sequence) noexcept nogil:
@@ -36,6 +39,8 @@ cdef struct Waiting:
     int late_error              # errno of a send by the helper, for the next caller
     uint64_t *failed            # pairs: the first and the last number of flights that failed
     size_t failures             # pairs in it
+    uint32_t forks              # of the process, of which this one was the child
+    uint64_t abandoned          # packets that were collected undecided
     pthread_t helper
     bint running                # there is a helper
     bint parked                 # it sleeps without a timer
@@ -58,6 +63,7 @@ cdef class Outbox:
     cdef Waiting *waiting
     cdef object descriptor_owner    # closes it, and must not before the helper has ended
     cdef bint closed                # the queue was unbound: no verdict can be given any more
+    cdef int default_verdict        # for packets that are collected undecided, or see above
 
     cdef int start_helper(self) except -1
     cdef bint make_room(self, const Decision *decision) except -1
@@ -66,6 +72,7 @@ cdef class Outbox:
     cdef int flush(self) except -1
     cdef int raise_late_error(self) except -1
     cdef int postpone(self, int error) noexcept
+    cdef bint cares_for(self, uint32_t forks) noexcept
     cdef bint failed(self, uint64_t flight) noexcept
     cdef int refused(self, uint32_t sequence, int error) noexcept
     cdef int close(self) except -1

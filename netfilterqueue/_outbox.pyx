@@ -32,7 +32,8 @@ first_flight = 0
 
 cdef class Outbox:
 
-    def __cinit__(self, int fd, double delay, descriptor_owner=None):
+    def __cinit__(self, int fd, double delay, descriptor_owner=None,
+                  int default_verdict=OTHERS_DECIDE):
         cdef Waiting *waiting = <Waiting *> calloc(1, sizeof(Waiting))
         if waiting is NULL:
             raise MemoryError()
@@ -45,6 +46,7 @@ cdef class Outbox:
         make_locks(waiting)
         self.waiting = waiting
         self.descriptor_owner = descriptor_owner
+        self.default_verdict = default_verdict
         enlist(waiting)
         if waiting.fill is NULL or waiting.spare is NULL:
             raise MemoryError()
@@ -131,6 +133,16 @@ cdef class Outbox:
         """Have the next caller raise an error that comes at a wrong time."""
         self.waiting.late_error = error
         return 0
+
+    cdef bint cares_for(self, uint32_t forks) noexcept:
+        """Whether something is to be done about a packet that was collected undecided, and that was
+        read after so many ``forks``; it is counted then. Packets of the parent are the parent's."""
+        if self.closed or self.default_verdict == OTHERS_DECIDE or forks != self.waiting.forks:
+            return False
+        pthread_mutex_lock(&self.waiting.lock)
+        self.waiting.abandoned += 1
+        pthread_mutex_unlock(&self.waiting.lock)
+        return True
 
     cdef bint failed(self, uint64_t flight) noexcept:
         cdef Waiting *waiting = self.waiting
@@ -402,6 +414,7 @@ cdef void after_fork_in_child() noexcept nogil:
         waiting.count = 0
         waiting.running = False
         waiting.late_error = 0
+        waiting.forks += 1
         waiting = waiting.next
     pthread_mutex_init(&roll_lock, NULL)
 

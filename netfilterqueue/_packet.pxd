@@ -24,6 +24,7 @@ cdef class Batch:
     """The packets of one read, handed out one by one."""
     cdef Slab slab              # None once all packets are handed out
     cdef Outbox outbox          # of the binding that they came for
+    cdef uint32_t forks         # of the outbox, when they were read
     cdef int undecided          # packets without a verdict, those not handed out included
     cdef int remaining          # messages not looked at
     cdef int packets            # of it, alive
@@ -68,6 +69,7 @@ cdef class Packet:
     cdef int require_connection(self) except -1
     cdef bint is_decided(self) noexcept
     cdef int decide(self, uint32_t verdict) except -1
+    cdef int abandon(self) except -1
     cdef int send_decision(self, const Decision *decision) except -1
 
 

@@ -2,6 +2,7 @@
 cimport cython
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES, PyBUF_WRITABLE
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.exc cimport PyErr_WarnEx
 from cpython.object cimport PyTypeObject
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
@@ -14,7 +15,7 @@ from netfilterqueue._netlink cimport length_of, next_message, value_of
 from netfilterqueue._nfqueue cimport (
     Decision, KNOWN_GID, KNOWN_UID, KNOWN_VLAN, MAX_PAYLOAD, decode_packet, find_rare, is_packet,
 )
-from netfilterqueue._outbox cimport Outbox
+from netfilterqueue._outbox cimport NO_DEFAULT, Outbox
 from netfilterqueue._uapi cimport (
     AF_BRIDGE, NFQA_CT, NFQA_CT_INFO, NFQA_L2HDR, NFQA_SECCTX, NFQA_SKB_CSUMNOTREADY,
     NFQA_SKB_CSUM_NOTVERIFIED, NFQA_SKB_GSO, NF_VERDICT_FLAG_QUEUE_BYPASS, NF_VERDICT_MASK,
@@ -35,6 +36,12 @@ cdef uint32_t REPEAT = Verdict.REPEAT
 cdef uint32_t STOP = Verdict.STOP
 cdef uint32_t QUEUE = Verdict.QUEUE
 
+# Always the same, as Python remembers each text of a warning.
+cdef char *ABANDONED = (
+    "a packet was let go of undecided, and stays in the kernel's queue until unbind(): decide "
+    "every packet, keep those that are decided later, or bind with default_verdict"
+)
+
 # How the struct module writes the items of a payload, for Py_buffer.
 cdef char *UNSIGNED_BYTES = "B"
 
@@ -46,6 +53,7 @@ cdef Batch new_batch(Slab slab, Outbox outbox, Batch used):
         batch = Batch.__new__(Batch)
     batch.slab = slab
     batch.outbox = outbox
+    batch.forks = outbox.waiting.forks
     batch.undecided = batch.remaining = slab.messages
     batch.slot = 0
     batch.rest = slab.datagram(0)
@@ -143,10 +151,15 @@ cdef class Packet:
             if self.place:
                 self.slab.lent[self.place - 1] = NULL
         if self.batch is not None:
-            self.batch.packets -= 1
-            if not self.decided:
-                # It can never be decided: the others of its read need not wait for it.
-                self.batch.undecided -= 1
+            try:
+                if not self.is_decided():
+                    self.abandon()
+            finally:
+                if not self.decided:
+                    # It can never be decided: the others of its read need not wait for it.
+                    self.batch.undecided -= 1
+                # From now on, the batch may serve for another read.
+                self.batch.packets -= 1
 
     # What the kernel said
 
@@ -614,6 +627,24 @@ cdef class Packet:
         if self.changes is not None:
             decision.changes = &self.changes.values
         return self.send_decision(&decision)
+
+    cdef int abandon(self) except -1:
+        """Give the default verdict, or a warning: this is the end of the packet. What is raised
+        here goes to sys.unraisablehook()."""
+        cdef Outbox outbox = self.batch.outbox
+        cdef int late_error = outbox.waiting.late_error
+        if not outbox.cares_for(self.batch.forks):
+            return 0
+        if outbox.default_verdict == NO_DEFAULT:
+            PyErr_WarnEx(ResourceWarning, ABANDONED, 1)
+            return 0
+        # That of other packets is for a call that can raise it.
+        outbox.waiting.late_error = 0
+        try:
+            self.decide(outbox.default_verdict)
+        finally:
+            outbox.waiting.late_error = outbox.waiting.late_error or late_error
+        return 0
 
     cdef int send_decision(self, const Decision *decision) except -1:
         cdef Outbox outbox

@@ -35,6 +35,7 @@ cdef class Receiver:
     cdef bint is_closed
     cdef Tally tally
     cdef uint64_t given[VERDICTS]   # verdicts of each kind, of earlier bindings
+    cdef uint64_t abandoned     # packets collected undecided, of earlier bindings
     cdef dict verdict_errors    # errno: how many verdicts the kernel refused with it
     cdef uint64_t request_errors    # refusals of requests that nobody waits for
 

@@ -216,6 +216,7 @@ cdef class Receiver:
         cdef int kind
         for kind in range(VERDICTS):
             self.given[kind] += outbox.waiting.given[kind]
+        self.abandoned += outbox.waiting.abandoned
         return 0
 
     cdef int note_refusals(self, Outbox outbox) except -1:

@@ -56,6 +56,7 @@ class QueueStats:
     verdicts: Mapping[
         Verdict, int
     ]  #: given, by the program or by default, also where sending fails
+    abandoned: int  #: packets collected undecided while their queue was bound
     verdict_errors: Mapping[int, int]  #: verdicts that the kernel refused later, by errno
     request_errors: int  #: refusals of requests that nobody waited for
     overruns: int  #: messages that the kernel dropped as the receive buffer was full

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 # How many times longer than usual a test may take: more than 1 where a processor is emulated.
 PATIENCE = float(os.environ.get("NETFILTERQUEUE_TEST_PATIENCE", "1"))
 
+# Most tests are about something else than what becomes of their packets.
+PACKETS_LET_GO = "ignore:a packet was let go of undecided:ResourceWarning"
+
 TIMEOUT = 5.0 * PATIENCE  # seconds; generous, as only a failing test waits so long
 
 # Bytes; the kernel's default limit, so that every machine grants it and bind() does not warn.
@@ -449,7 +452,7 @@ class Program:
         node: Node,
         source: str,
         *arguments: str,
-        python: Sequence[str] = ("-W", "error", "-X", "faulthandler", "-u"),
+        python: Sequence[str] = ("-W", "error", "-W", PACKETS_LET_GO, "-X", "faulthandler", "-u"),
         env: dict[str, str] | None = None,
     ) -> None:
         package = str(Path(netfilterqueue.__file__).parents[1])

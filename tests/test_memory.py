@@ -374,6 +374,17 @@ class TestNothingLeaks:
 
         assert_no_growth(once)
 
+    def test_packet_that_gets_the_default_verdict(
+        self, queued_udp: Callable[..., QueuedUdp]
+    ) -> None:
+        udp = queued_udp(default_verdict=Verdict.DROP)
+
+        def once() -> None:
+            udp.deliver(b"1", b"2", b"3")
+            udp.packets.clear()
+
+        assert_no_growth(once)
+
     def test_packets_made_by_hand(self) -> None:
         assert_no_growth(lambda: packets_from([*simple_packets(1, 2, 3), b"no message"]))
 

@@ -48,6 +48,7 @@ BIND_KEYWORDS = {
     "timestamps": True,
     "batch": 32,
     "verdict_delay": 0.001,
+    "default_verdict": None,
 }
 
 

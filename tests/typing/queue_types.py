@@ -68,6 +68,8 @@ def bind_arguments(queue: NetfilterQueue) -> None:
     queue.bind(1, accept, 100, COPY_PACKET, 65535, 1 << 20)
     queue.bind(queue_num=1, user_callback=accept, max_len=100, mode=COPY_META, range=20, sock_len=1)
     queue.bind(1, callback=accept, timestamps=False, batch=1, verdict_delay=0)
+    queue.bind(1, default_verdict=Verdict.DROP)
+    queue.bind(1, default_verdict="drop")  # type: ignore[arg-type]
     queue.bind(1, fail_open=True, gso=True, conntrack=True, uid_gid=True, secctx=True)
     queue.bind("1", accept)  # type: ignore[arg-type]
     queue.bind(1, accept, 100, COPY_PACKET, 65535, 1 << 20, accept)  # type: ignore[call-arg]
