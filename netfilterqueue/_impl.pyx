@@ -405,7 +405,7 @@ cdef class NetfilterQueue(Receiver):
             while not used_up(&limits) and self.fill(outbox, &limits, None):
                 self.deliver_next(callback, &limits)
         finally:
-            self.leave(outbox, &limits)
+            self.leave(outbox, &limits, None)
 
     def run_socket(self, sock):
         """Like run(), but read through ``sock.recv(n)``: with a socket that gevent has patched,
@@ -421,7 +421,7 @@ cdef class NetfilterQueue(Receiver):
             while self.fill(outbox, &limits, sock):
                 self.deliver_next(callback, &limits)
         finally:
-            self.leave(outbox, &limits)
+            self.leave(outbox, &limits, None)
 
     cdef int deliver_next(self, callback, Limits *limits) except -1:
         cdef Packet packet = self.next_packet()
@@ -485,7 +485,7 @@ cdef class NetfilterQueue(Receiver):
                     end_watch(&limits.watch)
                     yield packet
         finally:
-            self.leave(outbox, &limits)
+            self.leave(outbox, &limits, None)
 
     def aread(self, count=None, timeout=None):
         """read() for coroutines, on asyncio and on trio. Cancelled, it loses no packet."""

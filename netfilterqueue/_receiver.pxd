@@ -42,7 +42,7 @@ cdef class Receiver:
     cdef int require_open(self) except -1
     cdef int require_bound(self) except -1
     cdef Outbox enter(self, Limits *limits)
-    cdef int leave(self, Outbox outbox, Limits *limits) except -1
+    cdef int leave(self, Outbox outbox, Limits *limits, list packets) except -1
     cdef int leave_with(self, list packets, Outbox outbox, Limits *limits) except -1
     cdef bint stopped(self, const Limits *limits) noexcept
     cdef bint fill(self, Outbox outbox, Limits *limits, sock) except -1

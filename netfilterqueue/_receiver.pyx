@@ -67,7 +67,8 @@ cdef class Receiver:
         self.runners.append(limits.thread)
         return self.outbox
 
-    cdef int leave(self, Outbox outbox, Limits *limits) except -1:
+    cdef int leave(self, Outbox outbox, Limits *limits, list packets) except -1:
+        """End a call; ``packets``: what it returns, or None."""
         end_watch(&limits.watch)
         # In a forked child those of other threads are not there.
         if limits.thread in self.runners:
@@ -75,7 +76,10 @@ cdef class Receiver:
         if self.runners and (self.stopped(limits) or outbox.closed):
             # One message wakes one reader: pass it on to the next.
             self.channel.wake()
-        self.heard = self.stops
+        if not packets:
+            # Whoever reads in a loop ends it when a read returns none: a stop() that comes while
+            # one returns some is for the next.
+            self.heard = self.stops
         if not outbox.closed:
             if self.first is not None:
                 # They are no longer in the socket, and event loops watch nothing else.
@@ -86,7 +90,7 @@ cdef class Receiver:
     cdef int leave_with(self, list packets, Outbox outbox, Limits *limits) except -1:
         """leave(), but what would cost the caller these packets is raised by a later call."""
         try:
-            return self.leave(outbox, limits)
+            return self.leave(outbox, limits, packets)
         except OSError as error:
             if not packets:
                 raise

@@ -8,15 +8,12 @@ import os
 import random
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
-# trio registers with hypothesis, which looks for its caller by the collector: not after conftest.py
-# has frozen what there is.
-import hypothesis  # noqa: F401
 import pytest
-import trio
 
-from netfilterqueue import NetfilterQueue, Packet
+from event_loops import OnAsyncio, OnTrio
+from netfilterqueue import NetfilterQueue, Packet, aio
 from support import (
     RECEIVE_BUFFER,
     TIMEOUT,
@@ -31,96 +28,13 @@ from support import (
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from event_loops import Loop
     from support import UdpFlow
-
-    Main = Callable[[], Awaitable[Any]]
 
 # Long enough for a task to begin to wait.
 SOON = 0.05
 # More than an asynchronous read goes through before it waits.
 STEPS = 8
-
-
-class Loop(Protocol):
-    """What these tests need of an event loop."""
-
-    def run(self, main: Main) -> Any: ...
-
-    async def sleep(self, seconds: float) -> None: ...
-
-    async def together(self, *tasks: Main) -> None:
-        """Wait for tasks that run at the same time."""
-
-    async def cancelled(self, task: Main, steps: int) -> Any:
-        """Cancel a task after so many turns of the loop. What it returned in spite of that."""
-
-    async def limited(self, task: Main, seconds: float) -> Any:
-        """What a task returns in that time, else None."""
-
-
-class OnAsyncio:
-    def run(self, main: Main) -> Any:
-        async def limited() -> Any:
-            return await asyncio.wait_for(main(), TIMEOUT)
-
-        return asyncio.run(limited())
-
-    async def sleep(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
-
-    async def together(self, *tasks: Main) -> None:
-        await asyncio.gather(*(task() for task in tasks))
-
-    async def cancelled(self, task: Main, steps: int) -> Any:
-        running = asyncio.ensure_future(task())
-        for _ in range(steps):
-            await asyncio.sleep(0)
-        running.cancel()
-        try:
-            return await running
-        except asyncio.CancelledError:
-            return None
-
-    async def limited(self, task: Main, seconds: float) -> Any:
-        try:
-            return await asyncio.wait_for(task(), seconds)
-        except asyncio.TimeoutError:
-            return None
-
-
-class OnTrio:
-    def run(self, main: Main) -> Any:
-        async def limited() -> Any:
-            with trio.fail_after(TIMEOUT):
-                return await main()
-
-        return trio.run(limited)
-
-    async def sleep(self, seconds: float) -> None:
-        await trio.sleep(seconds)
-
-    async def together(self, *tasks: Main) -> None:
-        async with trio.open_nursery() as nursery:
-            for task in tasks:
-                nursery.start_soon(task)
-
-    async def cancelled(self, task: Main, steps: int) -> Any:
-        returned = None
-
-        async def call() -> None:
-            nonlocal returned
-            returned = await task()
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(call)
-            for _ in range(steps):
-                await trio.lowlevel.checkpoint()
-            nursery.cancel_scope.cancel()
-        return returned
-
-    async def limited(self, task: Main, seconds: float) -> Any:
-        with trio.move_on_after(seconds):
-            return await task()
 
 
 @pytest.fixture(params=[OnAsyncio, OnTrio])
@@ -215,6 +129,27 @@ class TestPackets:
         flow.send(b"hello")
         (packet,) = loop.run(lambda: queue.aread(timeout=0))
         assert udp_data(packet) == b"hello"
+
+    def test_stop_while_aread_returns_packets_is_for_the_next(
+        self, loop: Loop, queue: NetfilterQueue, flow: UdpFlow, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Else a loop that ends when there are none would go on."""
+        wait_for_one = aio.wait_for_one
+
+        async def take_one_and_stop(pulling: aio.Pulling, timeout: float) -> Packet | None:
+            packet = await wait_for_one(pulling, timeout)
+            queue.stop()
+            return packet
+
+        async def main() -> list[list[bytes]]:
+            with monkeypatch.context() as patched:
+                patched.setattr(aio, "wait_for_one", take_one_and_stop)
+                reads = [await queue.aread()]
+            reads += [await queue.aread(), await queue.aread()]
+            return [[udp_data(packet) for packet in packets] for packets in reads]
+
+        flow.send(*numbered(3))
+        assert loop.run(main) == [[b"0"], [], [b"1", b"2"]]
 
     def test_break_leaves_the_rest_for_another_loop(
         self, loop: Loop, queue: NetfilterQueue, flow: UdpFlow

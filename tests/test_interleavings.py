@@ -99,7 +99,14 @@ class IterateOnAsyncio(Run):
         self.loop.close()
 
 
-KINDS = [Run, RunForAWhile, RunSocket, Read, Iterate, IterateOnAsyncio]
+class ReadOnAsyncio(IterateOnAsyncio):
+    async def iterate(self) -> None:
+        while packets := await self.queue.aread():
+            for packet in packets:
+                accept(packet)
+
+
+KINDS = [Run, RunForAWhile, RunSocket, Read, Iterate, IterateOnAsyncio, ReadOnAsyncio]
 
 
 def bind(queue: NetfilterQueue, queue_num: int, kind: type[Run], batch: int = 32) -> None:
