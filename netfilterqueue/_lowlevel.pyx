@@ -1,13 +1,14 @@
 """NFQUEUE for programs that own the socket and the loop: datagrams in, verdicts out."""
 cimport cython
 from cpython.bytes cimport PyBytes_CheckExact
+from cpython.long cimport PyLong_CheckExact
 from cpython.object cimport PyTypeObject
 from cpython.pythread cimport PyThread_get_thread_ident
 from libc.errno cimport EBUSY, ENOBUFS, ENODEV
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from posix.types cimport pid_t
 
-from netfilterqueue._channel cimport BUFFER_SIZE, UNANSWERED, Channel, Slab
+from netfilterqueue._channel cimport BUFFER_SIZE, UNANSWERED, Channel
 from netfilterqueue._nfqueue cimport (
     MAX_PAYLOAD, REQUEST_WORDS, encode_bind, encode_family, encode_flags, encode_max_len,
     encode_mode, encode_unbind,
@@ -239,14 +240,6 @@ cdef class NetfilterQueueHandle(Receiver):
                 self.call_back()
                 if self.reader != <unsigned long> PyThread_get_thread_ident():
                     self.go_to_recv()
-
-    cdef Slab borrow(self, bytes datagram):
-        if self.borrowed is None or self.borrowed.users:
-            self.borrowed = Slab(1, 0)
-        self.borrowed.users += 1
-        self.borrowed.lend(datagram)
-        self.borrowed.take_stock(self.channel)
-        return self.borrowed
 
     # A thread that has called handle_packet() is taken to wait in recv(): it can have received the
     # kernel's answer to a request of another thread, which waits until it has handled that.
@@ -491,8 +484,13 @@ cdef class NetfilterQueueData:
 
 
 cdef uint32_t checked_verdict(verdict) except? 0xFFFFFFFF:
-    cdef uint32_t number = integer("verdict", verdict, 0, MAX_UINT32)
-    cdef uint32_t kind = number & 0xFFFF & ~<uint32_t> NF_VERDICT_FLAG_QUEUE_BYPASS
+    cdef uint32_t number, kind
+    # Without a call of Python code for what nearly all packets get.
+    if PyLong_CheckExact(verdict) and 0 <= verdict <= MAX_UINT32:
+        number = verdict
+    else:
+        number = integer("verdict", verdict, 0, MAX_UINT32)
+    kind = number & 0xFFFF & ~<uint32_t> NF_VERDICT_FLAG_QUEUE_BYPASS
     if number == STOLEN or number > STOP and kind != QUEUE:
         raise ValueError(f"verdict {verdict!r} cannot be given: use NF_DROP, NF_ACCEPT, NF_QUEUE, "
                          "NF_REPEAT or NF_STOP")

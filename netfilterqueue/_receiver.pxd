@@ -48,6 +48,7 @@ cdef class Receiver:
     cdef bint fill(self, Outbox outbox, Limits *limits, sock) except -1
     cdef Slab read_socket(self, Limits *limits)
     cdef Slab read_through(self, sock)
+    cdef Slab borrow(self, bytes datagram)
     cdef bytes receive_from(self, sock)
     cdef Packet next_packet(self)
     cdef int drop_first(self) except -1

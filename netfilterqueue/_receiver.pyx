@@ -138,8 +138,10 @@ cdef class Receiver:
         cdef bytes datagram = None
         while datagram is None:
             datagram = self.receive_from(sock)
-        if not datagram:
-            return None
+        return self.borrow(datagram) if datagram else None
+
+    cdef Slab borrow(self, bytes datagram):
+        """A slab around what somebody else received."""
         if self.borrowed is None or self.borrowed.users:
             self.borrowed = Slab(1, 0)
         self.borrowed.users += 1
