@@ -483,9 +483,9 @@ class TestDatagrams:
                     handle.handle_packet(datagram)
             with contextlib.suppress(PermissionError):
                 handle.handle_packet(b"")
-        # Of a packet as the reference decodes it: 3 is its queue, 4 its mark, the last its payload.
+        # Of a packet as the reference decodes it: 3 is its queue, 4 its mark, -3 its payload.
         packets = [one for datagram in datagrams for one in reference_decode(datagram)[0]]
-        expected = [(one[3], one[4], one[-1]) for one in packets if one[3] in numbers]
+        expected = [(one[3], one[4], one[-3]) for one in packets if one[3] in numbers]
         assert [one[:3] for one in found] == expected
 
     def test_callback_may_close_its_handle(
