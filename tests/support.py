@@ -350,15 +350,17 @@ class Ping:
         self.socket.close()
 
 
-class TcpTransfer:
-    """Data on its way from a node to another in two threads, while the test handles the packets."""
+class Transfer:
+    """Data on its way from a node to another in two threads, while the test handles the packets:
+    by TCP, or another protocol of connections."""
 
-    def __init__(self, route: Route, data: bytes) -> None:
-        self.listener = route.destination.socket(route.family, socket.SOCK_STREAM)
+    def __init__(self, route: Route, data: bytes, protocol: int = socket.IPPROTO_TCP) -> None:
+        kind = (route.family, socket.SOCK_STREAM, protocol)
+        self.listener = route.destination.socket(*kind)
         self.listener.bind((route.address, 0))
         self.listener.listen()
         self.port: int = self.listener.getsockname()[1]
-        self.sender = route.source.socket(route.family, socket.SOCK_STREAM)
+        self.sender = route.source.socket(*kind)
         for end in (self.listener, self.sender):
             end.settimeout(TIMEOUT)
         self.threads = ThreadPoolExecutor(2)
@@ -368,7 +370,9 @@ class TcpTransfer:
     def _send(self, address: tuple[str, int], data: bytes) -> None:
         with self.sender:
             self.sender.connect(address)
-            self.sender.sendall(data)
+            # Of SCTP a message must fit into the buffer of the socket.
+            for start in range(0, len(data), 65536):
+                self.sender.sendall(data[start : start + 65536])
 
     def _receive(self) -> bytes:
         connection, _ = self.listener.accept()
@@ -394,7 +398,7 @@ class TcpTransfer:
         self.listener.close()
 
 
-Flow = TypeVar("Flow", UdpFlow, Ping, TcpTransfer)
+Flow = TypeVar("Flow", UdpFlow, Ping, Transfer)
 
 
 class Traffic:
@@ -410,8 +414,12 @@ class Traffic:
     def ping(self, path: str = "loopback", *, ipv6: bool = False) -> Ping:
         return self._keep(Ping(Route.of(self._sandbox, path, ipv6=ipv6)))
 
-    def tcp(self, path: str, data: bytes, *, ipv6: bool = False) -> TcpTransfer:
-        return self._keep(TcpTransfer(Route.of(self._sandbox, path, ipv6=ipv6), data))
+    def tcp(self, path: str, data: bytes, *, ipv6: bool = False) -> Transfer:
+        return self._keep(Transfer(Route.of(self._sandbox, path, ipv6=ipv6), data))
+
+    def sctp(self, path: str, data: bytes, *, ipv6: bool = False) -> Transfer:
+        route = Route.of(self._sandbox, path, ipv6=ipv6)
+        return self._keep(Transfer(route, data, socket.IPPROTO_SCTP))
 
     def _keep(self, flow: Flow) -> Flow:
         return self._stack.enter_context(contextlib.closing(flow))

@@ -179,6 +179,72 @@ class TestTwoChains:
             assert flow.arrived() == []
 
 
+class TestRequeue:
+    @both_families
+    def test_later_and_in_another_order(
+        self, queue: NetfilterQueue, queued: Callable[..., UdpFlow], ipv6: bool
+    ) -> None:
+        first, second = 40300, 40301
+        flow = queued("forward", number=first, ipv6=ipv6)
+        held: list[Packet] = []
+        seen: list[tuple[bytes, int]] = []
+
+        def note_and_accept(packet: Packet) -> None:
+            seen.append((udp_data(packet), packet.mark))
+            packet.accept()
+
+        queue.bind(first, held.append, verdict_delay=0)
+        with NetfilterQueue() as later:
+            later.bind(second, note_and_accept)
+            flow.send(*numbered(10))
+            run_until(queue, lambda: len(held) == 10)
+            for packet in reversed(held):
+                packet.set_mark(packet.id)
+                packet.requeue(second)
+                # Meanwhile the first queue goes on.
+                queue.run(block=False)
+            run_until_decided(later, second, 10)
+        expected = list(zip(reversed(numbered(10)), range(10, 0, -1)))
+        assert seen == expected
+        assert flow.receive_all(10) == [data for data, _ in expected]
+
+    @pytest.mark.parametrize("bypass", [False, True])
+    def test_to_where_nobody_listens(
+        self,
+        queue: NetfilterQueue,
+        queue_num: int,
+        queued: Callable[..., UdpFlow],
+        bypass: bool,
+    ) -> None:
+        flow = queued("forward")
+        queue.bind(queue_num, lambda packet: packet.requeue(40302, bypass=bypass))
+        flow.send(*numbered(3))
+        run_until_decided(queue, queue_num, 3)
+        queue.unbind()
+        assert flow.arrived() == (numbered(3) if bypass else [])
+
+    def test_round_a_circle_of_queues(
+        self, queue: NetfilterQueue, queue_num: int, queued: Callable[..., UdpFlow]
+    ) -> None:
+        """A packet may come back to a queue that it has left, with a new number each time."""
+        ids: list[int] = []
+
+        def go_round(packet: Packet) -> None:
+            ids.append(packet.id)
+            packet.set_mark(packet.mark + 1)
+            if packet.mark < 10:
+                packet.requeue(queue_num)
+            else:
+                packet.accept()
+
+        flow = queued("forward")
+        queue.bind(queue_num, go_round)
+        flow.send(b"hello")
+        run_until_decided(queue, queue_num, 11)
+        assert ids == list(range(1, 12))
+        assert flow.receive() == b"hello"
+
+
 class TestTcpInBulk:
     @both_families
     @pytest.mark.parametrize("gso", [False, True], ids=["segmented", "gso"])
