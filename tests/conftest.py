@@ -237,8 +237,9 @@ def nft(router: Node) -> Iterator[Callable[..., None]]:
     tables: list[str] = []
 
     def add(chains: str, *, family: str = "ip") -> None:
-        tables.append(f"{family} test{len(tables)}")
-        router.run(["nft", "-f", "-"], input=f"table {tables[-1]} {{\n{chains}\n}}\n")
+        table = f"{family} test{len(tables)}"
+        router.run(["nft", "-f", "-"], input=f"table {table} {{\n{chains}\n}}\n")
+        tables.append(table)
 
     yield add
     for table in reversed(tables):

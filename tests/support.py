@@ -409,7 +409,10 @@ class Traffic:
         self._stack = contextlib.ExitStack()
 
     def udp(self, path: str = "loopback", *, ipv6: bool = False) -> UdpFlow:
-        return self._keep(UdpFlow(Route.of(self._sandbox, path, ipv6=ipv6)))
+        return self.udp_over(Route.of(self._sandbox, path, ipv6=ipv6))
+
+    def udp_over(self, route: Route) -> UdpFlow:
+        return self._keep(UdpFlow(route))
 
     def ping(self, path: str = "loopback", *, ipv6: bool = False) -> Ping:
         return self._keep(Ping(Route.of(self._sandbox, path, ipv6=ipv6)))

@@ -74,7 +74,7 @@ class TestBypass:
         rules(*match, queue=queue_num, bypass=True, ipv6=ipv6)
         flow.send(*numbered(3))
         assert flow.receive_all(3) == numbered(3)
-        queue.bind(queue_num, Packet.drop)
+        queue.bind(queue_num, Packet.drop, sock_len=RECEIVE_BUFFER)
         flow.send(*numbered(3))
         run_until_decided(queue, queue_num, 3)
         queue.unbind()
@@ -87,7 +87,7 @@ class TestBypass:
     ) -> None:
         flow = queued("forward", ipv6=ipv6)
         flow.send(*numbered(3))
-        queue.bind(queue_num, Packet.accept)
+        queue.bind(queue_num, Packet.accept, sock_len=RECEIVE_BUFFER)
         flow.send(b"after")
         run_until_decided(queue, queue_num, 1)
         assert flow.receive() == b"after"
@@ -169,9 +169,9 @@ class TestTwoChains:
     ) -> None:
         first, second = 40100, 40101
         flow = chains(first, second)
-        queue.bind(first, lambda packet: verdict)
+        queue.bind(first, lambda packet: verdict, sock_len=RECEIVE_BUFFER)
         with NetfilterQueue() as later:
-            later.bind(second, Packet.accept)
+            later.bind(second, Packet.accept, sock_len=RECEIVE_BUFFER)
             flow.send(*numbered(6))
             run_until_decided(queue, first, 6)
             run_until_decided(later, second, second_sees)
@@ -193,9 +193,9 @@ class TestRequeue:
             seen.append((udp_data(packet), packet.mark))
             packet.accept()
 
-        queue.bind(first, held.append, verdict_delay=0)
+        queue.bind(first, held.append, verdict_delay=0, sock_len=RECEIVE_BUFFER)
         with NetfilterQueue() as later:
-            later.bind(second, note_and_accept)
+            later.bind(second, note_and_accept, sock_len=RECEIVE_BUFFER)
             flow.send(*numbered(10))
             run_until(queue, lambda: len(held) == 10)
             for packet in reversed(held):
@@ -217,7 +217,9 @@ class TestRequeue:
         bypass: bool,
     ) -> None:
         flow = queued("forward")
-        queue.bind(queue_num, lambda packet: packet.requeue(40302, bypass=bypass))
+        queue.bind(
+            queue_num, lambda packet: packet.requeue(40302, bypass=bypass), sock_len=RECEIVE_BUFFER
+        )
         flow.send(*numbered(3))
         run_until_decided(queue, queue_num, 3)
         queue.unbind()
@@ -238,7 +240,7 @@ class TestRequeue:
                 packet.accept()
 
         flow = queued("forward")
-        queue.bind(queue_num, go_round)
+        queue.bind(queue_num, go_round, sock_len=RECEIVE_BUFFER)
         flow.send(b"hello")
         run_until_decided(queue, queue_num, 11)
         assert ids == list(range(1, 12))
@@ -269,7 +271,7 @@ class TestTcpInBulk:
 
         # Both directions: the acknowledgements, too.
         rules(CHAINS[path], "-p", "tcp", queue=queue_num, ipv6=ipv6)
-        queue.bind(queue_num, accept, gso=gso, max_len=4096)
+        queue.bind(queue_num, accept, gso=gso, max_len=4096, sock_len=RECEIVE_BUFFER)
         data = random.Random(0).randbytes(4_000_000)
         transfer = traffic.tcp(path, data, ipv6=ipv6)
         run_until(queue, lambda: transfer.done)
@@ -299,7 +301,7 @@ class TestSocketsThatClose:
             chain = CHAINS[path]
         flow = traffic.udp(path)
         rules(chain, "-p", "udp", "--dport", flow.port, queue=queue_num, table="mangle")
-        queue.bind(queue_num, Packet.accept)
+        queue.bind(queue_num, Packet.accept, sock_len=RECEIVE_BUFFER)
         flow.send(*numbered(5))
         wait_until_queued(queue_num, 5)
         flow.sender.close()
@@ -310,7 +312,7 @@ class TestSocketsThatClose:
         self, queue_num: int, queue: NetfilterQueue, queued: Callable[..., UdpFlow]
     ) -> None:
         flow = queued("input")
-        queue.bind(queue_num, Packet.accept)
+        queue.bind(queue_num, Packet.accept, sock_len=RECEIVE_BUFFER)
         flow.send(*numbered(5))
         wait_until_queued(queue_num, 5)
         flow.receiver.close()
@@ -335,7 +337,7 @@ class TestSocketsThatClose:
     ) -> None:
         match = ("-p", "tcp", "--tcp-flags", "SYN,ACK,FIN,RST", flags)
         rule = rules(chain, *match, queue=queue_num)
-        queue.bind(queue_num, Packet.accept, uid_gid=True)
+        queue.bind(queue_num, Packet.accept, uid_gid=True, sock_len=RECEIVE_BUFFER)
         listener = router.socket(socket.AF_INET, socket.SOCK_STREAM)
         client = router.socket(socket.AF_INET, socket.SOCK_STREAM)
         with closing(listener), closing(client):
@@ -391,7 +393,7 @@ class TestNatRaces:
         self, queue: NetfilterQueue, queue_num: int, translated: UdpFlow, order: str
     ) -> None:
         packets: list[Packet] = []
-        queue.bind(queue_num, packets.append, batch=1)
+        queue.bind(queue_num, packets.append, batch=1, sock_len=RECEIVE_BUFFER)
         translated.send(*numbered(8))
         run_until(queue, lambda: len(packets) == 8)
         for packet in packets if order == "as-sent" else reversed(packets):
@@ -407,7 +409,7 @@ class TestNatRaces:
         self, queue: NetfilterQueue, queue_num: int, translated: UdpFlow
     ) -> None:
         packets: list[Packet] = []
-        queue.bind(queue_num, packets.append, batch=1)
+        queue.bind(queue_num, packets.append, batch=1, sock_len=RECEIVE_BUFFER)
         translated.send(*numbered(40))
         run_until(queue, lambda: len(packets) == 40)
 
@@ -479,7 +481,7 @@ PROGRAM_THAT_EXITS = """
     queue_num, count, end = sys.argv[1:]
     kept = []
     queue = NetfilterQueue()
-    queue.bind(int(queue_num), lambda packet: kept.append(packet))
+    queue.bind(int(queue_num), lambda packet: kept.append(packet), sock_len=212992)
     print("bound")
     queue.run(count=int(count))
     if end == "kill":
@@ -505,7 +507,7 @@ class TestProgramThatExits:
         flow.send(*numbered(5))
         assert program.wait() == (-signal.SIGKILL if end == "kill" else 0)
         wait_until(lambda: not bound_queues())
-        queue.bind(queue_num, Packet.accept)
+        queue.bind(queue_num, Packet.accept, sock_len=RECEIVE_BUFFER)
         flow.send(b"after")
         run_until_decided(queue, queue_num, 1)
         assert flow.receive() == b"after"
