@@ -33,14 +33,18 @@ from netfilterqueue._sandbox import search_path
 from netfilterqueue.testing import Sandbox, SandboxUnavailable
 from support import (
     CHAINS,
+    LEFT_MAC,
     LOG_PREFIX,
     RECEIVE_BUFFER,
+    RIGHT_MAC,
     Program,
     QueuedUdp,
     SocketReader,
     Traffic,
     bound_queues,
+    is_up,
     open_groups,
+    wait_until,
 )
 from teams import start_team
 
@@ -187,6 +191,32 @@ def router(sandbox: Sandbox) -> Node:
 def hosts(router: Node, sandbox: Sandbox) -> tuple[Node, Node]:
     """The left and the right host, which reach each other by way of the router only."""
     return sandbox.hosts
+
+
+@pytest.fixture
+def bridged_hosts(router: Node, hosts: tuple[Node, Node]) -> Iterator[tuple[str, str]]:
+    """A second network of the hosts, bridged by the router, and their addresses in it."""
+    addresses, macs = ("203.0.113.1", "203.0.113.2"), (LEFT_MAC.hex(":"), RIGHT_MAC.hex(":"))
+    commands = ["link add bridge0 type bridge", "link set bridge0 up"]
+    for number, host in enumerate(hosts):
+        commands += [
+            f"link add port{number} type veth peer name bridged netns {host.pid}",
+            f"link set port{number} master bridge0 up",
+        ]
+    router.run(["ip", "-batch", "-"], input="\n".join(commands))
+    for own, host in enumerate(hosts):
+        commands = [
+            f"link set bridged address {macs[own]} up",
+            f"address add {addresses[own]}/24 dev bridged",
+            f"neighbour add {addresses[1 - own]} lladdr {macs[1 - own]} nud permanent dev bridged",
+        ]
+        host.run(["ip", "-batch", "-"], input="\n".join(commands))
+    # Until then, what is sent is lost.
+    ends = [(router, "port0"), (router, "port1"), *((host, "bridged") for host in hosts)]
+    wait_until(lambda: all(is_up(node, name) for node, name in ends), what="bridge in use")
+    yield addresses
+    for name in ("port0", "port1", "bridge0"):
+        router.run(["ip", "link", "delete", name])
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import select
 import signal
@@ -52,6 +53,9 @@ CAPABILITY_DATA = struct.Struct("=6I")
 
 # What the rules of the fixture `logged` put before each message.
 LOG_PREFIX = "logged: "
+
+# The hosts' addresses on the bridge of `bridged_hosts`.
+LEFT_MAC, RIGHT_MAC = b"\2\0\0\0\0\x11", b"\2\0\0\0\0\x12"
 
 # The paths of a packet, as seen from the router, where the tests run; and a chain on each.
 CHAINS = {"loopback": "INPUT", "input": "INPUT", "forward": "FORWARD", "output": "OUTPUT"}
@@ -193,6 +197,13 @@ def without_capability(capability: int) -> Iterator[None]:
 
 def without_net_admin() -> contextlib.AbstractContextManager[None]:
     return without_capability(CAP_NET_ADMIN)
+
+
+def is_up(node: Node, interface: str) -> bool:
+    """Whether it works: for a port of a bridge, also that the bridge uses it."""
+    [found] = json.loads(node.run(["ip", "-details", "-json", "link", "show", interface]).stdout)
+    port = found.get("linkinfo", {}).get("info_slave_data", {"state": "forwarding"})
+    return bool(found["operstate"] == "UP" and port["state"] == "forwarding")
 
 
 def readable(queue: netfilterqueue.NetfilterQueue) -> bool:

@@ -1,5 +1,5 @@
 """What the kernel's own tests of queues are about, as far as it needs what not every kernel has:
-nftables' queue statement, the bridge family, VLAN devices, conntrack attributes, SCTP. See `ci/vm`.
+nftables' queue statement, the bridge family, conntrack attributes, SCTP. See `ci/vm`.
 """
 
 from __future__ import annotations
@@ -7,14 +7,23 @@ from __future__ import annotations
 import random
 import socket
 import struct
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from netfilterqueue import Hook, NetfilterQueue, Packet
 from netfilterqueue.conntrack import ConntrackState, ConntrackStatus, ConntrackTuple
-from support import RECEIVE_BUFFER, TIMEOUT, Route, UdpFlow, numbered, run_until, udp_data
+from support import (
+    LEFT_MAC,
+    RECEIVE_BUFFER,
+    RIGHT_MAC,
+    QueuedUdp,
+    Route,
+    numbered,
+    run_until,
+    udp_data,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -100,46 +109,6 @@ class TestSctp:
         assert gso or path == "loopback" or max(sizes) <= 1500
 
 
-MACS = ("02:00:00:00:03:01", "02:00:00:00:03:02")
-VLAN, OTHER_VLAN = 5, 6
-
-
-@pytest.fixture
-def bridged(
-    router: Node, hosts: tuple[Node, Node], traffic: Traffic
-) -> Iterator[Callable[..., UdpFlow]]:
-    """Join the hosts by a bridge in the router, too: `bridged()` is UDP traffic from the left to
-    the right one, `bridged("eth1.5")` the same in a VLAN. The right one is also in VLAN 6."""
-    addresses = {"eth1": ("203.0.113.1", "203.0.113.2"), "eth1.5": ("203.0.113.65", "203.0.113.66")}
-    commands = ["link add bridge0 type bridge", "link set bridge0 up"]
-    for port, host in zip(("port1", "port2"), hosts):
-        commands += [
-            f"link add {port} type veth peer name eth1 netns {host.pid}",
-            f"link set {port} master bridge0 up",
-        ]
-    router.run(["ip", "-batch", "-"], input="\n".join(commands))
-    for own, host in enumerate(hosts):
-        commands = [f"link set eth1 address {MACS[own]} up"]
-        for vlan in (VLAN, OTHER_VLAN):
-            commands += [
-                f"link add link eth1 name eth1.{vlan} type vlan id {vlan}",
-                f"link set eth1.{vlan} up",
-            ]
-        for device, pair in addresses.items():
-            commands += [
-                f"address add {pair[own]}/26 dev {device}",
-                f"neighbour add {pair[1 - own]} lladdr {MACS[1 - own]} nud permanent dev {device}",
-            ]
-        host.run(["ip", "-batch", "-"], input="\n".join(commands))
-
-    def flow(device: str = "eth1") -> UdpFlow:
-        return traffic.udp_over(Route(*hosts, addresses[device][1], socket.AF_INET))
-
-    yield flow
-    for link in ("port1", "port2", "bridge0"):
-        router.run(["ip", "link", "delete", link])
-
-
 class TestBridgeFamily:
     @pytest.fixture
     def queued_on_bridge(
@@ -147,12 +116,13 @@ class TestBridgeFamily:
         queue: NetfilterQueue,
         queue_num: int,
         nft: Callable[..., None],
-        bridged: Callable[..., UdpFlow],
-    ) -> Callable[..., tuple[UdpFlow, list[Packet]]]:
-        """`queued_on_bridge("eth1.5")`: a datagram that a chain of the bridge family has queued,
-        and its flow."""
+        traffic: Traffic,
+        hosts: tuple[Node, Node],
+        bridged_hosts: tuple[str, str],
+    ) -> Callable[[str], QueuedUdp]:
+        """Queue the datagrams on a bridge at a hook: `queued_on_bridge("forward")`."""
 
-        def deliver(device: str = "eth1", hook: str = "forward") -> tuple[UdpFlow, list[Packet]]:
+        def start(hook: str) -> QueuedUdp:
             packets: list[Packet] = []
 
             def keep(packet: Packet) -> None:
@@ -165,87 +135,46 @@ class TestBridgeFamily:
                 f" meta protocol ip queue to {queue_num}; }}",
                 family="bridge",
             )
-            flow = bridged(device)
-            flow.send(b"hello")
-            run_until(queue, lambda: packets)
-            return flow, packets
+            flow = traffic.udp_over(Route(*hosts, bridged_hosts[1], socket.AF_INET))
+            return QueuedUdp(flow, queue, packets)
 
-        return deliver
+        return start
 
     @pytest.mark.parametrize(
-        ("hook", "indev", "outdev"),
+        ("hook", "ports"),
         [
-            (Hook.PREROUTING, "port1", None),
-            (Hook.FORWARD, "port1", "port2"),
-            (Hook.POSTROUTING, None, "port2"),
+            (Hook.PREROUTING, ("port0", None)),
+            (Hook.FORWARD, ("port0", "port1")),
+            (Hook.POSTROUTING, (None, "port1")),
         ],
     )
     def test_frame_shows_its_ports_and_its_header_and_arrives(
         self,
-        queued_on_bridge: Callable[..., tuple[UdpFlow, list[Packet]]],
+        queued_on_bridge: Callable[[str], QueuedUdp],
         hook: Hook,
-        indev: str | None,
-        outdev: str | None,
+        ports: tuple[str | None, str | None],
     ) -> None:
-        flow, (packet,) = queued_on_bridge(hook=hook.name.lower())
-        assert udp_data(packet) == b"hello"
-        assert packet.hook == hook
-        assert packet.hw_protocol == 0x0800
-        assert packet.l2_header == mac(MACS[1]) + mac(MACS[0]) + b"\x08\x00"
-        assert packet.get_hw() == (mac(MACS[0]) if indev else None)
-        assert packet.vlan is None
-        names = (
-            packet.physindev_name or packet.indev_name,
-            packet.physoutdev_name or packet.outdev_name,
-        )
-        assert names == (indev, outdev)
-        packet.accept()
-        assert flow.receive() == b"hello"
+        udp = queued_on_bridge(hook.name.lower())
+        for packet, data in zip(udp.deliver(*numbered(5)), numbered(5)):
+            assert udp_data(packet) == data
+            assert packet.hook == hook
+            assert packet.hw_protocol == 0x0800
+            assert packet.l2_header == RIGHT_MAC + LEFT_MAC + b"\x08\x00"
+            assert packet.get_hw() == (LEFT_MAC if ports[0] else None)
+            assert (packet.physindev_name, packet.physoutdev_name) == ports
+            packet.accept()
+        assert udp.flow.receive_all(5) == numbered(5)
 
     def test_dropped_frame_does_not_arrive_and_a_changed_one_does(
-        self,
-        queue: NetfilterQueue,
-        queued_on_bridge: Callable[..., tuple[UdpFlow, list[Packet]]],
+        self, queued_on_bridge: Callable[[str], QueuedUdp]
     ) -> None:
-        flow, packets = queued_on_bridge()
-        packets[0].drop()
-        flow.send(b"hello")
-        run_until(queue, lambda: len(packets) == 2)
-        packets[1].set_payload(packets[1].get_payload() + b", bridge", checksums=True)
-        packets[1].accept()
-        assert flow.receive() == b"hello, bridge"
-
-    def test_vlan_is_shown_and_can_be_changed(
-        self, queued_on_bridge: Callable[..., tuple[UdpFlow, list[Packet]]]
-    ) -> None:
-        flow, (packet,) = queued_on_bridge("eth1.5")
-        assert packet.vlan == (0x8100, VLAN)
-        assert udp_data(packet) == b"hello"
-        flow.receiver.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth1.6")
-        packet.set_vlan(0x8100, OTHER_VLAN)
-        packet.accept()
-        assert flow.receive() == b"hello"
-
-    def test_link_header_can_be_changed(
-        self,
-        queued_on_bridge: Callable[..., tuple[UdpFlow, list[Packet]]],
-        hosts: tuple[Node, Node],
-    ) -> None:
-        flow, (packet,) = queued_on_bridge()
-        assert packet.l2_header is not None
-        sender = b"\x02\x00\x00\x00\x03\x99"
-        with closing(hosts[1].socket(socket.AF_PACKET, socket.SOCK_DGRAM)) as watcher:
-            watcher.settimeout(TIMEOUT)
-            watcher.bind(("eth1", 0x0800))
-            packet.set_l2_header(packet.l2_header[:6] + sender + b"\x08\x00")
-            packet.accept()
-            data, address = watcher.recvfrom(2048)
-        assert (data[28:], address[4]) == (b"hello", sender)
-        assert flow.receive() == b"hello"
-
-
-def mac(text: str) -> bytes:
-    return bytes.fromhex(text.replace(":", ""))
+        udp = queued_on_bridge("forward")
+        dropped, changed = udp.deliver(b"dropped", b"hello")
+        dropped.drop()
+        changed.set_payload(changed.get_payload() + b", bridge", checksums=True)
+        changed.accept()
+        assert udp.flow.receive() == b"hello, bridge"
+        assert udp.flow.arrived() == []
 
 
 class TestConntrack:
@@ -388,7 +317,9 @@ class TestConntrack:
         labels = struct.pack("=QQ", 1 << 5, 1 << 63)
         packets = tracked(socket.IPPROTO_UDP, mark_first)
         flow = traffic.udp("forward")
-        flow.send(*numbered(2))
+        flow.send(b"0")
+        run_until(queue, lambda: len(packets) == 1)
+        flow.send(b"1")
         run_until(queue, lambda: len(packets) == 2)
         before, after = map(conntrack_of, packets)
         assert (before.mark, after.mark) == (0, 0xDEADBEEF)
