@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from messages import Wire
-from netfilterqueue import NetfilterQueue, _channel
+from netfilterqueue import NetfilterQueue, _channel, nflog
 from netfilterqueue._sandbox import search_path
 from netfilterqueue.testing import Sandbox, SandboxUnavailable
 from support import (
@@ -349,6 +349,13 @@ def logged(group: int, rules: Callable[..., Rule], traffic: Traffic) -> Callable
         return made
 
     return flow
+
+
+@pytest.fixture
+def log(group: int) -> Iterator[nflog.Nflog]:
+    """The log group `group`, open as it is by default."""
+    with nflog.open(group) as opened:
+        yield opened
 
 
 @pytest.fixture

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import errno
 import itertools
 import os
 import re
 import select
-import signal
 import socket
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # trio registers with hypothesis, which looks for its caller by the collector: not after conftest.py
@@ -24,6 +20,7 @@ import trio
 import netfilterqueue.nflog as nflogr
 from netfilterqueue import Hook
 from netfilterqueue.nflog import Nflog, NflogData
+from netfilterqueue.vlan import Vlan
 from support import (
     LOG_PREFIX,
     TIMEOUT,
@@ -45,13 +42,6 @@ def sent(data: NflogData) -> bytes:
     """What the datagram of a `UdpFlow` carries."""
     assert data.payload is not None
     return data.payload[28:] if data.payload[0] >> 4 == 4 else data.payload[48:]
-
-
-@pytest.fixture
-def log(group: int) -> Iterator[Nflog]:
-    """The group, open as it is by default."""
-    with nflogr.open(group) as opened:
-        yield opened
 
 
 # What the kernel tells
@@ -164,29 +154,74 @@ def test_buffer_is_read_to_its_end(group: int, logged: Callable[..., UdpFlow]) -
         assert {len(sent(data)) for data in messages} == {1000}
 
 
-def nft(router: Node, *commands: str) -> None:
-    for command in commands:
-        router.run(["nft", *command.split()])
-
-
-def test_bridge_and_netdev_families(group: int, router: Node, traffic: Traffic) -> None:
+def test_netdev_family(group: int, nft: Callable[..., None], traffic: Traffic) -> None:
     interface = next(name for _, name in socket.if_nameindex() if name != "lo")
-    if router.run(["nft", "add", "table", "netdev", "t"], check=False).returncode:
-        pytest.skip("this kernel has no netdev family")
-    try:
-        hook = f"type filter hook ingress device {interface} priority 0"
-        chain = f"add chain netdev t c {{ {hook}; }}"
-        rule = f'add rule netdev t c log group {group} prefix "ingress"'
-        if any(router.run(["nft", command], check=False).returncode for command in (chain, rule)):
-            pytest.skip("this kernel logs nothing in the netdev family")
-        flow = traffic.udp("forward")
-        with nflogr.open(group) as log:
-            flow.send(b"hello")
-            data = next(data for data in log if data.proto == 0x0800)
-        assert (data.prefix, data.indev, data.outdev) == ("ingress", interface, None)
-        assert sent(data) == b"hello"
-    finally:
-        nft(router, "delete table netdev t")
+    hook = f'type filter hook ingress device "{interface}" priority 0'
+    nft(f'chain c {{ {hook}; log group {group} prefix "ingress"; }}', family="netdev")
+    flow = traffic.udp("forward")
+    with nflogr.open(group) as log:
+        flow.send(b"hello")
+        data = next(data for data in log if data.proto == 0x0800)
+    assert (data.prefix, data.indev, data.outdev) == ("ingress", interface, None)
+    assert sent(data) == b"hello"
+
+
+@pytest.fixture
+def bridge(router: Node, hosts: tuple[Node, Node]) -> Iterator[socket.socket]:
+    """A link of the left host that ends at a port of a bridge: a socket to send frames with."""
+    commands = (
+        "link add log_bridge type bridge",
+        "link set log_bridge up",
+        f"link add log_port type veth peer name log_end netns {hosts[0].pid}",
+        "link set log_port master log_bridge up",
+    )
+    for command in commands:
+        router.run(["ip", *command.split()])
+    hosts[0].run(["ip", "link", "set", "log_end", "up"])
+    wait_until(lambda: "forwarding" in port_state(router), what="bridge in use")
+    with hosts[0].socket(socket.AF_PACKET, socket.SOCK_RAW) as sender:
+        sender.bind(("log_end", 0))
+        yield sender
+    for name in ("log_port", "log_bridge"):
+        router.run(["ip", "link", "delete", name])
+
+
+def port_state(router: Node) -> str:
+    return str(router.run(["ip", "-details", "link", "show", "log_port"]).stdout)
+
+
+@pytest.mark.parametrize("tagged", [False, True], ids=["plain", "VLAN"])
+def test_bridge_family(
+    tagged: bool, group: int, nft: Callable[..., None], bridge: socket.socket
+) -> None:
+    destination, source = b"\xff" * 6, b"\2\0\0\0\0\x21"
+    tag = b"\x81\0\x60\x05" if tagged else b""
+    hook = "type filter hook prerouting priority 0"
+    nft(f'chain c {{ {hook}; log group {group} prefix "bridged"; }}', family="bridge")
+    with nflogr.open(group) as log:
+        bridge.send(destination + source + tag + b"\x08\0" + b"\x45" + bytes(45))
+        data = next(data for data in log if data.hwaddr == source)
+    assert (data.prefix, data.proto, data.hook) == ("bridged", 0x0800, Hook.PREROUTING)
+    assert (data.indev, data.physindev) == ("log_bridge", "log_port")
+    assert data.vlan == (Vlan(0x8100, 0x6005) if tagged else None)
+    assert data.payload is not None
+    assert data.payload[0] == 0x45
+    assert data.hwhdr is not None
+    assert data.hwhdr[:12] == destination + source
+
+
+# A kernel without the glue between conntrack and logs refuses the flag.
+@pytest.mark.stock_kernel
+def test_connection(group: int, logged: Callable[..., UdpFlow]) -> None:
+    flow = logged()
+    with nflogr.open(group, flags=nflogr.FLAG_CONNTRACK) as log:
+        flow.send(b"1", b"2")
+        connections = [data.conntrack for data in itertools.islice(log, 2)]
+    assert None not in connections
+    assert len({connection.id for connection in connections if connection}) == 1
+    (original,) = {connection.original for connection in connections if connection}
+    assert (original.protocol, original.destination) == (socket.IPPROTO_UDP, "127.0.0.1")
+    assert original.destination_port == flow.port
 
 
 # Many messages
@@ -606,117 +641,3 @@ def test_forked_child_leaves_the_group_to_its_parent(
         assert group in open_groups()
         flow.send(b"last")
         assert [data.seq for data in itertools.islice(log, 3)] == [0, 1, 2]
-
-
-# Opening
-
-
-def test_group_that_is_taken(log: Nflog) -> None:
-    with pytest.raises(PermissionError, match="taken by port id") as caught:
-        nflogr.open(log.getgroup())
-    assert caught.value.errno == errno.EPERM
-
-
-WRONG = {
-    "group": (-1, 65536),
-    "timeout": (-0.01, 42949673, float("nan")),
-    "qthresh": (-1, 2**32),
-    "rcvbuf": (-1, 2**30),
-    "nlbuf": (-1, 100, 131073),
-    "enobufs": (-1, 3),
-    "copymode": (-1, 3),
-    "range": (-1, 2**32),
-    "flags": (-1, 8),
-}
-
-
-@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in WRONG.items() for v in values])
-def test_wrong_option_is_refused_before_anything_is_sent(name: str, value: Any, group: int) -> None:
-    arguments: dict[str, Any] = {"group": group, name: value}
-    with pytest.raises(ValueError, match=name):
-        nflogr.open(**arguments)
-    assert group not in open_groups()
-
-
-@pytest.mark.parametrize("name", sorted({*WRONG} - {"enobufs", "copymode"}))
-def test_option_of_a_wrong_type_is_refused(name: str, group: int) -> None:
-    arguments: dict[str, Any] = {"group": group, name: "text"}
-    with pytest.raises(TypeError, match=name):
-        nflogr.open(**arguments)
-
-
-def test_options_reach_the_kernel(group: int) -> None:
-    with nflogr.open(group, timeout=1.25, range=500, rcvbuf=50000) as log:
-        # Port id, messages waiting, copy mode, copy range, timeout.
-        assert open_groups()[group][1:5] == ["0", "2", "500", "125"]
-        assert log.rcvbuf == 50000
-        log.rcvbuf = 60000
-        assert log.rcvbuf == 60000
-        with pytest.raises(ValueError, match="rcvbuf"):
-            log.rcvbuf = 0
-        with pytest.raises(AttributeError):
-            log.queued = 1  # type: ignore[misc]
-
-
-def test_flag_that_the_kernel_lacks_is_named(group: int) -> None:
-    refused = None
-    try:
-        nflogr.open(group, flags=nflogr.FLAG_CONNTRACK).close()
-    except OSError as error:
-        refused = error
-    if refused is None:
-        pytest.skip("this kernel has it")
-    assert refused.errno == errno.EOPNOTSUPP
-    assert "FLAG_CONNTRACK" in str(refused)
-    assert group not in open_groups()
-
-
-def test_handles_cannot_be_made_otherwise() -> None:
-    with pytest.raises(TypeError, match="open"):
-        Nflog()
-    with contextlib.closing(Nflog.__new__(Nflog)) as log:
-        assert log.next(wait=False) is None
-
-
-# Programs
-
-READMES = {
-    "for": "for data in log:\n    print(dict(data)['payload'][28:], flush=True)",
-    "next": "while True:\n    data = log.next()\n    print(data.payload[28:], flush=True)",
-    "loop": "def callback(data):\n    print(data.payload[28:], flush=True)\nlog.loop(callback)",
-}
-
-
-@pytest.mark.parametrize("form", [*READMES])
-def test_program_of_nflogr(
-    form: str,
-    group: int,
-    logged: Callable[..., UdpFlow],
-    run_program: Callable[..., Program],
-) -> None:
-    source = (
-        f"import netfilterqueue.nflog as nflogr\nlog = nflogr.open({group})\n"
-        f"print('ready', flush=True)\n{READMES[form]}\n"
-    )
-    program = run_program(source)
-    program.wait_for("ready")
-    logged().send(b"hello")
-    program.wait_for("b'hello'")
-    program.interrupt()
-    assert program.wait() == -signal.SIGINT
-    wait_until(lambda: group not in open_groups())
-
-
-EXAMPLE = Path(__file__).parents[1] / "examples" / "print_log.py"
-
-
-def test_example(
-    group: int, logged: Callable[..., UdpFlow], run_program: Callable[..., Program]
-) -> None:
-    program = run_program(EXAMPLE.read_text(), "--group", str(group))
-    wait_until(lambda: group in open_groups(), 30)
-    logged().send(b"hello")
-    program.wait_for("logged: IPv4 from lo, 33 bytes")
-    program.interrupt()
-    assert program.wait() == 0
-    assert "0 lost" in program.output
