@@ -412,12 +412,15 @@ cdef class NetfilterQueue(Receiver):
         or with a timeout. ``sock`` is made from get_fd() by socket.fromfd().
 
         Returns when ``recv`` says that nothing is pending (EAGAIN); its other errors, time-outs
-        among them, leave run_socket().
+        among them, leave run_socket(). Raises TypeError if ``sock`` has no ``recv``.
         """
         cdef Limits limits = limits_of(False, None, None)
         cdef Outbox outbox = self.enter(&limits)
         try:
             callback = self.require_callback()
+            if not hasattr(sock, "recv"):
+                raise TypeError("run_socket() reads through a socket, or another object with "
+                                f"recv(n); got {sock!r}")
             while self.fill(outbox, &limits, sock):
                 self.deliver_next(callback, &limits)
         finally:

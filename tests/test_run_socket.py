@@ -263,6 +263,13 @@ def test_recv_must_return_bytes(queue: NetfilterQueue, queue_num: int) -> None:
         queue.run_socket(Recv(lambda _: "text"))
 
 
+@pytest.mark.parametrize("sock", [None, 3])
+def test_there_must_be_a_recv(queue: NetfilterQueue, queue_num: int, sock: Any) -> None:
+    queue.bind(queue_num, Packet.accept)
+    with pytest.raises(TypeError, match=rf"another object with recv\(n\); got {sock}"):
+        queue.run_socket(sock)
+
+
 def test_recv_is_asked_for_enough_for_the_largest_packet(
     queue: NetfilterQueue,
     queue_num: int,
