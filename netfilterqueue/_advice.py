@@ -68,6 +68,11 @@ def not_permitted(holder: int | None) -> str:
         return CAPABILITY
     if holder is None:
         return f"{CAPABILITY}, unless another program holds the number there"
+    if holder == os.getpid():
+        return (
+            f"the number is taken by port id {holder}, probably a socket of this very program; "
+            "close that or use another number"
+        )
     return f"the number is taken by {name_of(holder)}; end that program or use another number"
 
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 COPY_MODES = ("COPY_NONE", "COPY_META", "COPY_PACKET")
 ENOBUFS_MODES = ("ENOBUFS_RAISE", "ENOBUFS_HANDLE", "ENOBUFS_DISABLE")
+# The others need a packet's own circumstances: a number to queue it to, or somebody to keep it.
+DEFAULT_VERDICTS = (Verdict.DROP, Verdict.ACCEPT, Verdict.REPEAT, Verdict.STOP)
 MAX_UINT32 = 0xFFFFFFFF
 MAX_INT = 0x7FFFFFFF
 # recvmmsg(2) takes no more (UIO_MAXIOV).
@@ -56,8 +58,9 @@ def integer(name: str, value: Any, lowest: int, highest: int) -> int:
 
 def seconds(name: str, value: Any, highest: float) -> float:
     try:
-        number = float(value)
-    except (TypeError, ValueError):
+        # The value as a float; float() would read it from text, too.
+        number = math.ldexp(value, 0)
+    except TypeError:
         raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}") from None
     if math.isnan(number) or not 0 <= number <= highest:
         raise ValueError(f"{name} is {number} seconds, but must be from 0 to {highest:g}")
@@ -80,13 +83,13 @@ def verdict_for_all(value: Any) -> int | None:
     """The default verdict, if it is one that suits every packet."""
     if value is None:
         return None
-    number = integer("default_verdict", value, 0, max(Verdict))
-    if number in (Verdict.STOLEN, Verdict.QUEUE):
-        raise ValueError(
+    if value not in DEFAULT_VERDICTS:
+        kind = ValueError if isinstance(value, int) else TypeError
+        raise kind(
             f"default_verdict is {value!r}, but must be Verdict.DROP, ACCEPT, REPEAT or STOP, or "
             "None to leave undecided packets in the kernel's queue"
         )
-    return number
+    return int(value)
 
 
 def one_callback(user_callback: Any, callback: Any) -> Any:

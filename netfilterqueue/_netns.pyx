@@ -3,7 +3,7 @@
 A thread that runs Python never leaves its namespace. Who opens something elsewhere is a thread
 made for it, which enters the namespace, opens, and ends.
 """
-from libc.errno cimport EINVAL, EPERM, errno
+from libc.errno cimport EINVAL, ENOENT, EPERM, errno
 
 from netfilterqueue._threads cimport start_thread
 from netfilterqueue._uapi cimport (
@@ -99,6 +99,8 @@ def namespace_named(netns):
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         why = f"cannot open {os.fsdecode(path)}: {error.strerror}"
+        if error.errno == ENOENT and os.path.basename(path) == os.fspath(path):
+            why += f"; a namespace of ip netns is passed as /run/netns/{os.fsdecode(path)}"
         raise OSError(error.errno, f"netns={netns!r}: {why}") from None
 
 

@@ -321,9 +321,9 @@ class TestWarning:
     [
         (Verdict.STOLEN, ValueError, "STOLEN: 2>, but must be Verdict.DROP, ACCEPT, REPEAT or"),
         (Verdict.QUEUE, ValueError, "QUEUE: 3>, but must be Verdict.DROP, ACCEPT, REPEAT or STOP"),
-        (6, ValueError, "default_verdict is 6, but must be from 0 to 5"),
-        (-1, ValueError, "default_verdict is -1, but must be from 0 to 5"),
-        ("accept", TypeError, "default_verdict must be an integer, not str"),
+        (6, ValueError, "default_verdict is 6, but must be Verdict.DROP, ACCEPT"),
+        (-1, ValueError, "default_verdict is -1, but must be Verdict.DROP, ACCEPT"),
+        ("accept", TypeError, "default_verdict is 'accept', but must be Verdict.DROP"),
     ],
 )
 def test_wrong_argument_is_refused_before_anything_is_sent(

@@ -74,6 +74,7 @@ class TestArguments:
             ({"verdict_delay": "soon"}, "verdict_delay must be a number of seconds, not str"),
             ({"user_callback": 7}, "the callback must be callable with one argument, the packet"),
             ({"callback": ignore}, "user_callback and callback are the same argument"),
+            ({"verdict_delay": "1"}, "verdict_delay must be a number of seconds, not str"),
         ],
         ids=str,
     )
@@ -327,12 +328,19 @@ class TestNumberTaken:
         assert bound_queues()[queue_num].port_id == port_id
         queue.bind(queue_num + 30000, ignore, sock_len=4096)
 
-    def test_by_another_queue_of_this_process(self, queue: NetfilterQueue, queue_num: int) -> None:
+    def test_by_another_queue_of_this_process(
+        self, queue: NetfilterQueue, queue_num: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         queue.bind(queue_num, ignore, sock_len=4096)
         port_id = bound_queues()[queue_num].port_id
         with NetfilterQueue() as second:
             with pytest.raises(PermissionError, match=f"taken by port id {port_id}"):
                 second.bind(queue_num, ignore, sock_len=4096)
+            # As it is when that socket was the process's first.
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "getpid", lambda: port_id)
+                with pytest.raises(PermissionError, match="a socket of this very program; close"):
+                    second.bind(queue_num, ignore, sock_len=4096)
             queue.unbind()
             second.bind(queue_num, ignore, sock_len=4096)
 

@@ -183,6 +183,11 @@ class TestErrors:
         with pytest.raises(FileNotFoundError, match="cannot open /"):
             NetfilterQueue(netns=netns)
 
+    @pytest.mark.parametrize("netns", ["blue", Path("blue"), b"blue"])
+    def test_name_instead_of_a_path(self, router: Node, netns: Any) -> None:
+        with pytest.raises(FileNotFoundError, match="is passed as /run/netns/blue"):
+            NetfilterQueue(netns=netns)
+
     @pytest.mark.parametrize("netns", [-1, 2**31])
     def test_number_out_of_range(self, router: Node, netns: int) -> None:
         with pytest.raises(ValueError, match=f"netns is {netns}, but must be"):
