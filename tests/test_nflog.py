@@ -34,7 +34,7 @@ from support import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from netfilterqueue.testing import Node
+    from netfilterqueue.testing import Node, Rule
     from support import Program, Traffic, UdpFlow
 
 
@@ -212,7 +212,9 @@ def test_bridge_family(
 
 # A kernel without the glue between conntrack and logs refuses the flag.
 @pytest.mark.stock_kernel
-def test_connection(group: int, logged: Callable[..., UdpFlow]) -> None:
+def test_connection(group: int, rules: Callable[..., Rule], logged: Callable[..., UdpFlow]) -> None:
+    # The kernel tracks connections only where a rule asks for it.
+    rules("INPUT", "-m", "conntrack", "--ctstate", "INVALID", "-j", "ACCEPT")
     flow = logged()
     with nflogr.open(group, flags=nflogr.FLAG_CONNTRACK) as log:
         flow.send(b"1", b"2")
