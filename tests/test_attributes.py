@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import itertools
 import struct
+from typing import TYPE_CHECKING
 
 import pytest
 from netfilterqueue._packet import packets_from
 
 from messages import NFQA, attribute, packet_header, packet_message
+from netfilterqueue import NetfilterQueue, Packet
 from netfilterqueue.vlan import Vlan
-from support import decode_one, skipping
+from support import RECEIVE_BUFFER, decode_one, skipping
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 HEADER = packet_header()
 PAYLOAD = attribute(NFQA.PAYLOAD, b"\x45 a payload")
 NFQA_VLAN_PROTO, NFQA_VLAN_TCI = 1, 2
+CTA_MARK = 8  # of <linux/netfilter/nfnetlink_conntrack.h>
 
 
 def vlan_tag(proto: int, tci: int) -> bytes:
@@ -65,3 +71,77 @@ def test_connections_state_of_a_wrong_length_is_none(length: int) -> None:
     packets, tally = packets_from([packet_message(HEADER, *connection)])
     assert [packet.conntrack and packet.conntrack.state for packet in packets] == [None]
     assert tally == skipping(broken_attributes=1)
+
+
+# Read by a queue, and kept
+
+
+class Datagrams:
+    """A socket from which a queue receives these."""
+
+    def __init__(self, datagrams: Iterable[bytes]) -> None:
+        self.datagrams = iter(datagrams)
+
+    def recv(self, size: int) -> bytes:
+        try:
+            # A copy that nobody else holds.
+            return bytes(bytearray(next(self.datagrams)))
+        except StopIteration:
+            raise BlockingIOError from None
+
+
+def with_everything(number: int) -> bytes:
+    return packet_message(
+        packet_header(number),
+        attribute(NFQA.L2HDR, b"header %08d" % number),
+        attribute(NFQA.SECCTX, b"context %08d" % number),
+        attribute(NFQA.CT, attribute(CTA_MARK, struct.pack("!I", number))),
+        attribute(NFQA.PAYLOAD, b"\x45 payload %08d" % number),
+    )
+
+
+def told_by(packet: Packet) -> tuple[object, ...]:
+    return packet.l2_header, packet.secctx, packet.conntrack and packet.conntrack.mark
+
+
+@pytest.mark.parametrize("retained", [False, True])
+def test_packets_keep_them_for_as_long_as_they_live(
+    queue: NetfilterQueue, queue_num: int, retained: bool
+) -> None:
+    def keep(packet: Packet) -> None:
+        during.append(told_by(packet))
+        if retained:
+            packet.retain()
+        seen.append(packet)
+
+    during: list[object] = []
+    seen: list[Packet] = []
+    queue.bind(queue_num, keep, sock_len=RECEIVE_BUFFER)
+    numbers = range(1, 101)
+    queue.run_socket(Datagrams(map(with_everything, numbers)))
+    expected = [(b"header %08d" % n, f"context {n:08}", n) for n in numbers]
+    assert during == expected
+    assert [told_by(packet) for packet in seen] == expected
+    # The kernel has none of them: it says so, and that is all.
+    for packet in seen:
+        packet.drop()
+    assert [told_by(packet) for packet in seen] == expected
+
+
+def test_packet_of_a_callback_that_failed_keeps_them(queue: NetfilterQueue, queue_num: int) -> None:
+    def fail(packet: Packet) -> None:
+        seen.append(packet)
+        raise ZeroDivisionError
+
+    seen: list[Packet] = []
+    queue.bind(queue_num, fail, sock_len=RECEIVE_BUFFER)
+    datagrams = Datagrams(map(with_everything, range(1, 11)))
+    for _ in range(10):
+        with pytest.raises(ZeroDivisionError):
+            queue.run_socket(datagrams)
+    assert [told_by(packet)[2] for packet in seen] == [*range(1, 11)]
+    assert [packet.get_payload()[-1:] for packet in seen] == [
+        b"%d" % (n % 10) for n in range(1, 11)
+    ]
+    for packet in seen:
+        packet.drop()
