@@ -143,11 +143,15 @@ cdef int close_pipe() except -1:
 def begin_in_child():
     """The pipe is the parent's, and its reader is not here."""
     global main_thread, awaited, elsewhere
+    cdef int wakeup
     main_thread = <unsigned long> PyThread_get_thread_ident()
     pthread_mutex_init(&lock, NULL)
     if signal_pipe[1] >= 0:
-        if awaited >= 0:
-            write_signals_to(elsewhere)
+        # Whatever is awaited: the callback that forked may have closed the queue before.
+        wakeup = write_signals_to(elsewhere)
+        if wakeup != signal_pipe[1]:
+            # It was the program's own.
+            write_signals_to(wakeup)
         awaited = elsewhere = -1
         close_pipe()
 

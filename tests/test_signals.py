@@ -409,14 +409,15 @@ class TestWakeupDescriptor:
         os.close(reader)
         os.close(writer)
 
+    @pytest.mark.parametrize("end", ["stop", "close"])
     def test_is_the_programs_in_a_child(
-        self, own: tuple[int, int], queued_udp: Callable[..., QueuedUdp]
+        self, own: tuple[int, int], queued_udp: Callable[..., QueuedUdp], end: str
     ) -> None:
         children: list[int] = []
 
         def fork(packet: Packet) -> None:
             packet.accept()
-            udp.queue.stop()
+            getattr(udp.queue, end)()
             child = os.fork()
             if not child:
                 os._exit(signal.set_wakeup_fd(-1))
