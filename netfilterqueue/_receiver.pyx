@@ -185,7 +185,7 @@ cdef class Receiver:
 
     cdef int take(self, Slab slab, Outbox outbox) except -1:
         """Queue what a read has brought for delivery."""
-        if outbox.closed:
+        if outbox is not None and outbox.closed:
             # A signal handler has unbound the queue, and perhaps bound it again, before the read.
             outbox = self.outbox
         if outbox is None:
