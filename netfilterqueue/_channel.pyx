@@ -8,7 +8,7 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
 from netfilterqueue._netlink cimport Cursor, next_message, send_noop
-from netfilterqueue._signals cimport Watch, begin_watch, forget_socket
+from netfilterqueue._signals cimport Watch, begin_watch, forget_socket, watching
 from netfilterqueue._uapi cimport close as close_descriptor
 from netfilterqueue._uapi cimport (
     AF_NETLINK, F_DUPFD_CLOEXEC, F_GETFL, MSG_DONTWAIT, MSG_NOSIGNAL, NETLINK_CAP_ACK,
@@ -222,7 +222,8 @@ cdef class Channel:
                 self.reading += 1
                 with nogil:
                     count = recvmmsg(self.fd, slab.headers, slab.slots, MSG_DONTWAIT, NULL)
-                    if count < 0 and watch is not NULL and watch.begun and errno == EAGAIN:
+                    if (count < 0 and errno == EAGAIN and watch is not NULL
+                            and watching(self.fd, watch)):
                         count = receive_one(slab, self.fd)
                     error = errno
                 self.end_reading()
@@ -234,7 +235,7 @@ cdef class Channel:
                 if self.fd < 0:
                     return None
                 if error == EAGAIN:
-                    if watch is NULL or watch.begun and self.never_waits():
+                    if watch is NULL or watching(self.fd, watch) and self.never_waits():
                         return None
                     begin_watch(self.fd, watch)
                 # What was lost shows in the kernel's counters; report_overruns() has it told here.

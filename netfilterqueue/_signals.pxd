@@ -6,8 +6,8 @@ cdef struct Watch:
     bint begun
     bint needed                 # it is the main thread that waits
     int wakeup                  # descriptor that Python writes the numbers of signals to, or -1
-    int socket                  # that is waited for, or -1
 
 cdef int begin_watch(int socket, Watch *watch) except -1
+cdef bint watching(int socket, const Watch *watch) noexcept nogil
 cdef int end_watch(Watch *watch) except -1
 cdef void forget_socket(int socket) noexcept nogil

@@ -37,13 +37,14 @@ cdef int begin_watch(int socket, Watch *watch) except -1:
     that came earlier are the caller's to look for; and to call end_watch() in any case."""
     global awaited, elsewhere
     if watch.begun:
+        if watch.needed:
+            watch_for(socket)
         return 0
     watch.needed = <unsigned long> PyThread_get_thread_ident() == main_thread
     if watch.needed:
         if signal_pipe[1] < 0:
             start_watching()
         watch.wakeup = write_signals_to(signal_pipe[1])
-        watch.socket = awaited
         pthread_mutex_lock(&lock)
         awaited = socket
         if watch.wakeup != signal_pipe[1]:
@@ -54,16 +55,15 @@ cdef int begin_watch(int socket, Watch *watch) except -1:
 
 
 cdef int end_watch(Watch *watch) except -1:
-    global awaited, elsewhere
+    global elsewhere
     cdef int wakeup
     if not watch.begun:
         return 0
     watch.begun = False
     if not watch.needed:
         return 0
-    pthread_mutex_lock(&lock)
-    awaited = watch.socket
-    pthread_mutex_unlock(&lock)
+    # Where watches are nested the outer one begins again: its socket may be closed by now.
+    watch_for(-1)
     wakeup = write_signals_to(watch.wakeup)
     if wakeup != signal_pipe[1]:
         # The callback has chosen another one, and nothing else is expected.
@@ -75,6 +75,17 @@ cdef int end_watch(Watch *watch) except -1:
         elsewhere = -1
         pthread_mutex_unlock(&lock)
     return 0
+
+
+cdef bint watching(int socket, const Watch *watch) noexcept nogil:
+    return watch.begun and (awaited == socket or not watch.needed)
+
+
+cdef void watch_for(int socket) noexcept nogil:
+    global awaited
+    pthread_mutex_lock(&lock)
+    awaited = socket
+    pthread_mutex_unlock(&lock)
 
 
 cdef void forget_socket(int socket) noexcept nogil:

@@ -430,6 +430,38 @@ class TestWakeupDescriptor:
         assert os.WEXITSTATUS(status) == own[1]
 
 
+def test_nothing_is_sent_to_what_has_the_number_of_a_closed_queue(
+    queued_udp: Callable[..., QueuedUdp], queue_num: int
+) -> None:
+    """Closed while another queue runs in its callback."""
+
+    def run_another(packet: Packet) -> None:
+        packet.accept()
+        descriptor = udp.queue.fileno()
+        ours, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        with NetfilterQueue() as inner:
+            inner.bind(queue_num + 1, print, sock_len=RECEIVE_BUFFER)
+
+            def end_both(*_: object) -> None:
+                udp.queue.close()
+                inner.stop()
+
+            with alarm(SOON, end_both):
+                inner.run()
+        with ours, other, socket.socket(fileno=os.dup2(other.fileno(), descriptor)):
+            with alarm(60, lambda *_: None):
+                os.kill(os.getpid(), signal.SIGALRM)
+            ours.settimeout(SOON)
+            with contextlib.suppress(TimeoutError, socket.timeout):
+                received.append(ours.recv(100))
+
+    received: list[bytes] = []
+    udp = queued_udp(callback=run_another)
+    in_thread(send_when_blocked, udp)
+    udp.queue.run()
+    assert received == []
+
+
 def send_when_blocked(udp: QueuedUdp) -> None:
     wait_until_blocked(udp.queue.fileno())
     udp.flow.send(b"hello")
