@@ -6,7 +6,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
 from netfilterqueue._channel cimport DEBUG, Slab, alive_now
-from netfilterqueue._netlink cimport Cursor, length_of, read_be16, read_be32, read_be64, value_of
+from netfilterqueue._netlink cimport length_of, nested_in, read_be16, read_be32, read_be64, value_of
 from netfilterqueue._nflogformat cimport find, find_in, sized
 from netfilterqueue._uapi cimport (
     IF_NAMESIZE, NFULA_CT, NFULA_CT_INFO, NFULA_GID, NFULA_HWADDR, NFULA_HWHEADER, NFULA_HWTYPE,
@@ -181,8 +181,8 @@ cdef class NflogData:
         cdef const nlattr *nested = find(self.message, self.length, NFULA_VLAN)
         if nested is NULL:
             return None
-        proto = u16_of(find_in(inside(nested), NFULA_VLAN_PROTO))
-        tci = u16_of(find_in(inside(nested), NFULA_VLAN_TCI))
+        proto = u16_of(find_in(nested_in(nested), NFULA_VLAN_PROTO))
+        tci = u16_of(find_in(nested_in(nested), NFULA_VLAN_TCI))
         return None if proto is None or tci is None else Vlan(proto, tci)
 
     @property
@@ -222,13 +222,6 @@ cdef object interface_in(NflogData data, uint16_t kind):
 
 cdef object text_of(bytes text):
     return text.decode("utf-8", "surrogateescape")
-
-
-cdef Cursor inside(const nlattr *nested) noexcept:
-    cdef Cursor cursor
-    cursor.at = value_of(nested)
-    cursor.left = length_of(nested)
-    return cursor
 
 
 cdef NflogData lend(Slab slab, const nlmsghdr *message, size_t length):

@@ -7,7 +7,8 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.string cimport memset
 
 from netfilterqueue._netlink cimport (
-    Cursor, attributes_of, length_of, next_attribute, put_attribute, type_of, value_of,
+    Cursor, attributes_of, length_of, next_attribute, put_attribute, put_be16, put_be32, type_of,
+    value_of,
 )
 from netfilterqueue._uapi cimport (
     NFNETLINK_V0, NFNL_SUBSYS_ULOG, NFULA_CFG_CMD, NFULA_CFG_FLAGS, NFULA_CFG_MODE,
@@ -77,17 +78,11 @@ cdef inline void put_command(nlmsghdr *message, uint8_t command) noexcept nogil:
     put_attribute(message, NFULA_CFG_CMD, &value, sizeof(value))
 
 
-cdef inline void put_be32(nlmsghdr *message, uint16_t kind, uint32_t value) noexcept nogil:
-    value = htonl(value)
-    put_attribute(message, kind, &value, sizeof(value))
-
-
 cdef inline nlmsghdr *encode_bind(uint32_t *buffer, uint16_t group,
                                   const GroupOptions *options) noexcept nogil:
     """Bind and configure in one message: no packet is logged by other rules than these."""
     cdef nlmsghdr *message = put_request(buffer, group)
     cdef nfulnl_msg_config_mode mode
-    cdef uint16_t flags = htons(options.flags)
     memset(&mode, 0, sizeof(mode))
     mode.copy_mode = options.copy_mode
     mode.copy_range = htonl(options.copy_range)
@@ -97,7 +92,7 @@ cdef inline nlmsghdr *encode_bind(uint32_t *buffer, uint16_t group,
         put_be32(message, NFULA_CFG_NLBUFSIZ, options.nlbuf)
     put_be32(message, NFULA_CFG_TIMEOUT, options.timeout)
     put_be32(message, NFULA_CFG_QTHRESH, options.qthresh)
-    put_attribute(message, NFULA_CFG_FLAGS, &flags, sizeof(flags))
+    put_be16(message, NFULA_CFG_FLAGS, options.flags)
     return message
 
 
