@@ -54,13 +54,16 @@ cdef class Slab:
     cdef int filled             # slots that hold a datagram
     cdef int messages           # in them, netlink's own (errors, acknowledgements) left out
     cdef int users              # a reader, a batch, packets, memoryviews: reused only at 0
-    cdef void **lent            # packets that borrow beyond a callback: no references
-    cdef int places             # of `lent`, taken or not
+    cdef void **lent            # objects that borrow until they are asked to take copies: no
+    #                             references; NULL at the place of one that borrows no longer
+    cdef int places             # of `lent`, given to such objects so far
 
     cdef int lend(self, bytes source) except -1
     cdef int put(self, bytes content) except -1
     cdef int take_stock(self, Channel channel) except -1
     cdef Cursor datagram(self, int slot) noexcept
+    cdef void **new_place(self) except NULL
+    cdef void forget_places(self) noexcept
 
 
 cdef class Channel:

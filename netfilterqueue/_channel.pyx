@@ -140,6 +140,24 @@ cdef class Slab:
         cursor.left = self.headers[slot].msg_len
         return cursor
 
+    # What borrows its bytes beyond a callback is noted here, so that it can be asked to take a copy
+    # before they are overwritten.
+
+    cdef void **new_place(self) except NULL:
+        """A place in ``lent``, for one of the messages; the caller fills it at once."""
+        if self.lent is NULL:
+            self.lent = <void **> malloc(self.messages * sizeof(void *))
+            self.places = 0
+            if self.lent is NULL:
+                raise MemoryError()
+        self.places += 1
+        return &self.lent[self.places - 1]
+
+    cdef void forget_places(self) noexcept:
+        free(self.lent)
+        self.lent = NULL
+        self.places = 0
+
 
 cdef class Channel:
 

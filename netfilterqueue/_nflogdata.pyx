@@ -226,21 +226,14 @@ cdef object text_of(bytes text):
 
 cdef NflogData lend(Slab slab, const nlmsghdr *message, size_t length):
     """The object for a message of a slab, which borrows it until settle() or its end."""
-    cdef NflogData data
-    if slab.lent is NULL:
-        slab.lent = <void **> malloc(slab.messages * sizeof(void *))
-        slab.places = 0
-        if slab.lent is NULL:
-            raise MemoryError()
-    data = NflogData.__new__(NflogData)
+    cdef NflogData data = NflogData.__new__(NflogData)
+    data.place = slab.new_place()
+    data.place[0] = <void *> data
     if DEBUG:
         alive_now.packets += 1
     data.message = message
     data.length = length
     data.slab = slab
-    data.place = &slab.lent[slab.places]
-    data.place[0] = <void *> data
-    slab.places += 1
     slab.users += 1
     return data
 
@@ -263,9 +256,7 @@ cdef int settle(Slab slab) except -1:
     for place in range(slab.places):
         if slab.lent[place] is not NULL:
             keep(<NflogData> slab.lent[place])
-    free(slab.lent)
-    slab.lent = NULL
-    slab.places = 0
+    slab.forget_places()
     return 0
 
 

@@ -45,7 +45,7 @@ cdef class Packet:
     cdef object owner           # the queue: it must live while a packet of its does; or, for one
     #                             made by hand, a dict with the names of its interfaces
     cdef Slab slab              # whose bytes fields.payload borrows; None once they may be reused
-    cdef int place              # in slab.lent, counted from 1; 0: not there
+    cdef void **place           # in slab.lent; NULL: not there
     cdef PacketFields fields
     cdef bytes retained         # payload kept by retain()
     cdef bytes rare             # what fields.rare names once the slab is given back, or None

@@ -5,7 +5,6 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from cpython.exc cimport PyErr_WarnEx
 from cpython.object cimport PyTypeObject
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from netfilterqueue._changes cimport PacketChanges
@@ -148,8 +147,8 @@ cdef class Packet:
             alive_now.packets -= 1
         if self.slab is not None:
             self.slab.users -= 1
-            if self.place:
-                self.slab.lent[self.place - 1] = NULL
+            if self.place is not NULL:
+                self.place[0] = NULL
         if self.batch is not None:
             try:
                 if not self.is_decided():
@@ -469,9 +468,9 @@ cdef class Packet:
             if self.fields.rare.left:
                 self.keep_rare()
             self.slab.users -= 1
-            if self.place:
-                self.slab.lent[self.place - 1] = NULL
-                self.place = 0
+            if self.place is not NULL:
+                self.place[0] = NULL
+                self.place = NULL
             self.slab = None
         return 0
 
@@ -671,15 +670,8 @@ cdef class Packet:
 
 cdef int lend(Packet packet) except -1:
     """Let a packet borrow its bytes beyond a callback: until settle(), or its end."""
-    cdef Slab slab = packet.slab
-    if slab.lent is NULL:
-        slab.lent = <void **> malloc(slab.messages * sizeof(void *))
-        slab.places = 0
-        if slab.lent is NULL:
-            raise MemoryError()
-    slab.lent[slab.places] = <void *> packet
-    slab.places += 1
-    packet.place = slab.places
+    packet.place = packet.slab.new_place()
+    packet.place[0] = <void *> packet
     return 0
 
 
@@ -690,9 +682,7 @@ cdef int settle(Slab slab) except -1:
         # A copy can start the garbage collector, which can take packets out of the list.
         if slab.lent[place] is not NULL:
             (<Packet> slab.lent[place]).keep_payload()
-    free(slab.lent)
-    slab.lent = NULL
-    slab.places = 0
+    slab.forget_places()
     return 0
 
 
