@@ -1,19 +1,18 @@
 """``NetfilterQueue``: a queue bound, run and stopped."""
-cimport cython
 from cpython.object cimport PyTypeObject
 from libc.errno cimport ENOBUFS, ENODEV, EOPNOTSUPP
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from posix.types cimport pid_t
 
 from netfilterqueue._channel cimport BUFFER_SIZE as COMPILED_BUFFER_SIZE
-from netfilterqueue._channel cimport UNANSWERED, Channel, duplicate
+from netfilterqueue._channel cimport UNANSWERED, Channel
 from netfilterqueue._nfqueue cimport (
     ATTRIBUTE_ROOM, REQUEST_WORDS, encode_bind, encode_flags, encode_max_len, encode_mode,
     encode_unbind, encode_verdict_up_to,
 )
 from netfilterqueue._outbox cimport NO_DEFAULT, Outbox
 from netfilterqueue._packet cimport Packet
-from netfilterqueue._receiver cimport Limits, Receiver, limits_of, used_up
+from netfilterqueue._receiver cimport Limits, Pulling, Receiver, limits_of, used_up
 from netfilterqueue._signals cimport end_watch
 from netfilterqueue._uapi cimport (
     NFQA_CFG_F_CONNTRACK, NFQA_CFG_F_FAIL_OPEN, NFQA_CFG_F_GSO, NFQA_CFG_F_SECCTX,
@@ -493,11 +492,16 @@ cdef class NetfilterQueue(Receiver):
     def aread(self, count=None, timeout=None):
         """read() for coroutines, on asyncio and on trio. Cancelled, it loses no packet."""
         limits_of(True, timeout, count)
-        return aio.read(Pulling(self), count, timeout)
+        return aio.read(self.pulling(), count, timeout)
 
     def __aiter__(self):
         """Pull one packet after the other, on asyncio and on trio, until stop() or unbind()."""
-        return aio.Packets(Pulling(self))
+        return aio.Packets(self.pulling())
+
+    cdef Pulling pulling(self):
+        self.require_bound()
+        self.require_no_callback()
+        return Pulling(self)
 
     # Stopping
 
@@ -613,68 +617,6 @@ def drop_older(NetfilterQueue queue not None, Packet packet not None):
     if packet.fields.id > 1:
         queue.channel.transmit(encode_verdict_up_to(request, packet.fields.queue_num,
                                                     packet.fields.id - 1, DROP))
-
-
-@cython.final
-cdef class Pulling:
-    """Packets pulled from one binding, without waiting: what aio builds on."""
-    cdef NetfilterQueue queue
-    cdef Outbox outbox
-    cdef Limits limits
-    cdef bint closed
-
-    def __cinit__(self, NetfilterQueue queue not None):
-        self.closed = True
-        self.queue = queue
-        self.limits = limits_of(False, None, None)
-        self.outbox = queue.enter(&self.limits)
-        self.closed = False
-        queue.require_no_callback()
-
-    @property
-    def ended(self):
-        """No packet will come any more: stop() or unbind() was called."""
-        return self.closed or self.queue.stopped(&self.limits) or self.outbox.closed
-
-    def begin_waiting(self):
-        """A descriptor to wait for, to be given to end_waiting(); -1 if no packet will come.
-
-        One for each who waits, as event loops ask for; and it hears of the end although the queue
-        has closed its own.
-        """
-        cdef int descriptor
-        if self.ended:
-            return -1
-        descriptor = duplicate(self.queue.channel.fd)
-        self.queue.awaiting.append(descriptor)
-        return descriptor
-
-    def end_waiting(self, int descriptor):
-        # In a forked child it is not there.
-        if descriptor in self.queue.awaiting:
-            self.queue.awaiting.remove(descriptor)
-        close(descriptor)
-
-    def take(self):
-        """The next packet of those that have been read, or None."""
-        return None if self.ended else self.queue.pull()
-
-    def read(self):
-        """The next packet of those that have been read or can be, or None."""
-        cdef Packet packet = None
-        self.limits.emptied = False
-        while packet is None and self.queue.fill(self.outbox, &self.limits, None):
-            packet = self.queue.pull()
-        return packet
-
-    def close(self, list packets=None):
-        """``packets``: in the caller's hands, to be lost if this raises."""
-        if not self.closed:
-            self.closed = True
-            self.queue.leave_with(packets, self.outbox, &self.limits)
-
-    def __del__(self):
-        self.close()
 
 
 # Queues that are open at exit send what is pending; without this, verdicts that wait for the

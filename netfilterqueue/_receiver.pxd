@@ -60,3 +60,11 @@ cdef class Receiver:
     cdef int count_verdicts(self, Outbox outbox) except -1
     cdef int note_refusals(self, Outbox outbox) except -1
     cdef int forget_batches(self) except -1
+
+
+cdef class Pulling:
+    """Packets pulled from one binding, without waiting: what aio builds on."""
+    cdef Receiver queue
+    cdef Outbox outbox          # of the binding at hand when it began
+    cdef Limits limits
+    cdef bint closed            # or not begun

@@ -1,14 +1,16 @@
 """``Receiver``: packets read and not handed out yet, and the ends of waiting for more."""
+cimport cython
 from cpython.bytes cimport PyBytes_CheckExact
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.pyport cimport PY_SSIZE_T_MAX
 from libc.errno cimport EAGAIN, ENOBUFS
 from libc.stdint cimport uint32_t
 
-from netfilterqueue._channel cimport Slab
+from netfilterqueue._channel cimport Slab, duplicate
 from netfilterqueue._outbox cimport VERDICTS, Outbox, is_verdict
 from netfilterqueue._packet cimport Batch, Packet, lend, new_batch, settle
 from netfilterqueue._signals cimport end_watch
+from netfilterqueue._uapi cimport close
 
 import math
 import threading
@@ -276,3 +278,59 @@ cdef class Receiver:
             packet.slab.users += 1
         lend(packet)
         return packet
+
+
+@cython.final
+cdef class Pulling:
+
+    def __cinit__(self, Receiver queue not None):
+        self.closed = True
+        self.queue = queue
+        self.limits = limits_of(False, None, None)
+        self.outbox = queue.enter(&self.limits)
+        self.closed = False
+
+    @property
+    def ended(self):
+        """No packet will come any more: stop() or unbind() was called."""
+        return self.closed or self.queue.stopped(&self.limits) or self.outbox.closed
+
+    def begin_waiting(self):
+        """A descriptor to wait for, to be given to end_waiting(); -1 if no packet will come.
+
+        One for each who waits, as event loops ask for; and it hears of the end although the queue
+        has closed its own.
+        """
+        cdef int descriptor
+        if self.ended:
+            return -1
+        descriptor = duplicate(self.queue.channel.fd)
+        self.queue.awaiting.append(descriptor)
+        return descriptor
+
+    def end_waiting(self, int descriptor):
+        # In a forked child it is not there.
+        if descriptor in self.queue.awaiting:
+            self.queue.awaiting.remove(descriptor)
+        close(descriptor)
+
+    def take(self):
+        """The next packet of those that have been read, or None."""
+        return None if self.ended else self.queue.pull()
+
+    def read(self):
+        """The next packet of those that have been read or can be, or None."""
+        cdef Packet packet = None
+        self.limits.emptied = False
+        while packet is None and self.queue.fill(self.outbox, &self.limits, None):
+            packet = self.queue.pull()
+        return packet
+
+    def close(self, list packets=None):
+        """``packets``: in the caller's hands, to be lost if this raises."""
+        if not self.closed:
+            self.closed = True
+            self.queue.leave_with(packets, self.outbox, &self.limits)
+
+    def __del__(self):
+        self.close()
