@@ -182,7 +182,10 @@ cdef class Receiver:
         return packet
 
     cdef int drop_first(self) except -1:
-        self.first = self.first.following
+        cdef Batch dropped = self.first
+        self.first = dropped.following
+        # A packet that is held keeps its batch, and must not keep all that came later with it.
+        dropped.following = None
         return 0
 
     cdef int take(self, Slab slab, Outbox outbox) except -1:
