@@ -8,6 +8,7 @@ import functools
 import itertools
 import socket
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from netfilterqueue import NetfilterQueue, Packet
 from support import (
     CHAINS,
+    RECEIVE_BUFFER,
     TIMEOUT,
     accepting,
     in_thread,
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
     from support import Program, UdpFlow
 
 SOL_NETLINK, NETLINK_NO_ENOBUFS = 270, 5  # <linux/socket.h>, <linux/netlink.h>
+
+# Soon, for what waits for a thread that is blocked already.
+SOON = 0.05
 
 both_families = pytest.mark.parametrize("ipv6", [False, True], ids=["ipv4", "ipv6"])
 
@@ -213,6 +218,91 @@ class TestBlocking:
         else:
             queue.run(block=False)
             assert flow.arrived() == [b"later"]
+
+
+class TestLimits:
+    @pytest.fixture
+    def seen(self, queue: NetfilterQueue, queue_num: int) -> list[bytes]:
+        """What the callback of `queue` has accepted."""
+        seen: list[bytes] = []
+        queue.bind(queue_num, accepting(seen), sock_len=RECEIVE_BUFFER)
+        return seen
+
+    @pytest.mark.parametrize("block", [True, False])
+    def test_count_ends_it_and_leaves_the_rest(
+        self, queue: NetfilterQueue, seen: list[bytes], queued: Callable[..., UdpFlow], block: bool
+    ) -> None:
+        queued().send(*numbered(5))
+        queue.run(block, count=2)
+        assert seen == numbered(2)
+        assert readable(queue)
+        queue.run(block, count=3)
+        assert seen == numbered(5)
+
+    def test_count_is_of_packets_of_any_number_of_reads(
+        self, queue: NetfilterQueue, seen: list[bytes], queued: Callable[..., UdpFlow]
+    ) -> None:
+        flow = queued()
+        running = in_thread(lambda: queue.run(count=5))
+        for data in numbered(5):
+            flow.send(data)
+            flow.receive()
+        running.result(TIMEOUT)
+        assert seen == numbered(5)
+
+    @pytest.mark.parametrize("timeout", [0, SOON])
+    def test_timeout_ends_it(
+        self,
+        queue: NetfilterQueue,
+        seen: list[bytes],
+        queued: Callable[..., UdpFlow],
+        timeout: float,
+    ) -> None:
+        queued().send(*numbered(3))
+        start = time.monotonic()
+        queue.run(timeout=timeout)
+        assert timeout <= time.monotonic() - start < TIMEOUT
+        assert seen == numbered(3)
+
+    def test_timeout_ends_it_while_packets_keep_coming(
+        self, queue: NetfilterQueue, queue_num: int, queued: Callable[..., UdpFlow]
+    ) -> None:
+        flow = queued()
+
+        def send_another(packet: Packet) -> None:
+            packet.drop()
+            flow.send(b"again")
+
+        queue.bind(queue_num, send_another, sock_len=RECEIVE_BUFFER)
+        flow.send(b"hello")
+        in_thread(lambda: queue.run(timeout=SOON)).result(TIMEOUT)
+
+    def test_timeout_yields_to_stop(self, queue: NetfilterQueue, seen: list[bytes]) -> None:
+        running = in_thread(lambda: queue.run(timeout=2 * TIMEOUT))
+        time.sleep(SOON)
+        assert not running.done()
+        queue.stop()
+        running.result(TIMEOUT)
+
+    @pytest.mark.parametrize(
+        ("options", "error"),
+        [
+            ({"count": 0}, ValueError),
+            ({"count": "1"}, TypeError),
+            ({"timeout": -1}, ValueError),
+            ({"timeout": "soon"}, TypeError),
+        ],
+        ids=str,
+    )
+    def test_wrong_argument_is_named(
+        self,
+        queue: NetfilterQueue,
+        seen: list[bytes],
+        options: dict[str, Any],
+        error: type[Exception],
+    ) -> None:
+        with pytest.raises(error, match=next(iter(options))):
+            queue.run(**options)
 
 
 class TestExceptionOfTheCallback:

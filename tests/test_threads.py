@@ -29,10 +29,6 @@ WATCHDOG = 10.0
 WAYS_TO_END = ["stop", "unbind", "close"]
 
 
-def number_of(payload: bytes) -> int:
-    return int.from_bytes(payload[-4:], "big")
-
-
 def numbered(count: int) -> list[bytes]:
     return [number.to_bytes(4, "big") for number in range(count)]
 
