@@ -21,7 +21,7 @@ from netfilterqueue._uapi cimport (
     NFQNL_MSG_VERDICT_BATCH, NLM_F_ACK, NLM_F_REQUEST, htonl, htons, nfgenmsg,
     nfq_nlmsg_cfg_put_cmd, nfq_nlmsg_cfg_put_params, nfq_nlmsg_cfg_put_qmaxlen, nfq_nlmsg_put,
     nfqnl_msg_packet_hdr, nfqnl_msg_packet_hw, nfqnl_msg_packet_timestamp,
-    nfqnl_msg_verdict_hdr, nlattr, nlmsghdr, ntohs,
+    nfqnl_msg_verdict_hdr, nlattr, nlmsghdr,
 )
 
 

@@ -46,7 +46,6 @@ cdef extern from "<sys/socket.h>" nogil:
         SO_TIMESTAMP
         MSG_DONTWAIT
         MSG_NOSIGNAL
-        MSG_TRUNC
 
     int socket(int domain, int type, int protocol)
     int bind(int fd, const sockaddr *address, socklen_t length)
