@@ -21,6 +21,7 @@ MODULES = (
     "_checksums",
     "_changes",
     "_packet",
+    "_handmade",
     "_receiver",
     "_impl",
     "_lowlevel",

@@ -66,6 +66,9 @@ cdef class Slab:
     cdef void forget_places(self) noexcept
 
 
+cdef Slab slab_of(list datagrams)
+
+
 cdef class Channel:
     """A netlink socket of the netfilter family, connected to the kernel."""
     cdef readonly int fd        # -1 once closed

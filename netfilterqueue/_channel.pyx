@@ -159,6 +159,16 @@ cdef class Slab:
         self.places = 0
 
 
+cdef Slab slab_of(list datagrams):
+    """As if one read had brought these bytes; the slab is the caller's."""
+    cdef Slab slab = Slab(len(datagrams) or 1, max(map(len, datagrams), default=0) or 1)
+    for datagram in datagrams:
+        slab.put(datagram)
+    slab.users = 1
+    slab.take_stock(None)
+    return slab
+
+
 cdef class Channel:
 
     def __cinit__(self, int sockfd=-1):

@@ -5,7 +5,7 @@ from cpython.pyport cimport PY_SSIZE_T_MAX
 from libc.errno cimport EBUSY
 from libc.stdint cimport uint32_t, uint64_t
 
-from netfilterqueue._channel cimport UNANSWERED, Channel, Slab
+from netfilterqueue._channel cimport UNANSWERED, Channel, Slab, slab_of
 from netfilterqueue._netlink cimport Cursor, next_message, read_be32
 from netfilterqueue._nflogdata cimport NflogData, lend, settle
 from netfilterqueue._nflogformat cimport (
@@ -88,15 +88,6 @@ cdef Slab compacted(Slab slab):
         return slab_of(datagrams)
     finally:
         slab.users -= 1
-
-
-cdef Slab slab_of(list datagrams):
-    cdef Slab slab = Slab(len(datagrams) or 1, max(map(len, datagrams), default=0) or 1)
-    for datagram in datagrams:
-        slab.put(datagram)
-    slab.users = 1
-    slab.take_stock(None)
-    return slab
 
 
 @cython.final

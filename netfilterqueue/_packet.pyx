@@ -5,7 +5,6 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from cpython.exc cimport PyErr_WarnEx
 from cpython.object cimport PyTypeObject
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memset
 
 from netfilterqueue._changes cimport PacketChanges
 from netfilterqueue._channel cimport DEBUG, Channel, Slab, alive_now
@@ -684,37 +683,6 @@ cdef int settle(Slab slab) except -1:
             (<Packet> slab.lent[place]).keep_payload()
     slab.forget_places()
     return 0
-
-
-def packets_from(datagrams, *, int fd=-1, double verdict_delay=0.001, dict interfaces=None):
-    """Decode datagrams, bytes-like objects, as if one read had brought them.
-
-    Returns the list of their packets and a dict that counts what was skipped. Their verdicts go
-    to the datagram socket ``fd``, with -1 nowhere: this is how the wire format is tested without
-    a kernel, and how netfilterqueue.testing makes packets. ``interfaces``: names by index.
-    """
-    cdef list contents = [bytes(memoryview(datagram)) for datagram in datagrams]
-    cdef Slab slab = Slab(len(contents) or 1, max(map(len, contents), default=0) or 1)
-    cdef Outbox outbox = Outbox(fd, verdict_delay)
-    cdef Tally tally
-    cdef Batch batch
-    cdef Packet packet
-    cdef bytes content
-    cdef list packets = []
-    memset(&tally, 0, sizeof(tally))
-    slab.users = 1
-    for content in contents:
-        slab.put(content)
-    slab.take_stock(None)
-    batch = new_batch(slab, outbox, None)
-    if batch.undecided > 1:
-        outbox.start_helper()
-    while True:
-        packet = batch.next(interfaces, &tally)
-        if packet is None:
-            return packets, dict(tally.skipped)
-        packet.keep_payload()
-        packets.append(packet)
 
 
 # Users know the class by the package's name, not the extension's.

@@ -26,7 +26,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from ._arguments import MAX_UINT32, integer, seconds
-from ._packet import packets_from
+from ._handmade import packets_from
 from ._sandbox import CommandFailed, Node, Rule, Sandbox, SandboxUnavailable
 from .conntrack import attribute, encode
 from .constants import Hook

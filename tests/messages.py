@@ -2,7 +2,7 @@
 
 Written from RFC 3549 and <linux/netfilter/nfnetlink_queue.h>, apart from the library's own code, so
 that the two check each other. Builders can lie about lengths, the parser is strict. `Wire` stands
-in for the kernel: it is where the verdicts of `netfilterqueue._packet.packets_from` arrive.
+in for the kernel: it is where the verdicts of `netfilterqueue._handmade.packets_from` arrive.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
-from netfilterqueue._packet import packets_from
+from netfilterqueue._handmade import packets_from
 
 import netfilterqueue
 from messages import packet_message

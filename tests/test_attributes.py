@@ -7,7 +7,7 @@ import struct
 from typing import TYPE_CHECKING
 
 import pytest
-from netfilterqueue._packet import packets_from
+from netfilterqueue._handmade import packets_from
 
 from messages import NFQA, attribute, packet_header, packet_message
 from netfilterqueue import NetfilterQueue, Packet

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from netfilterqueue._packet import packets_from
+from netfilterqueue._handmade import packets_from
 
 from messages import NFQA, NLA_F_NESTED, attribute, packet_header, packet_message
 from netfilterqueue import Packet

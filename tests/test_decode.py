@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from netfilterqueue._packet import packets_from
+from netfilterqueue._handmade import packets_from
 
 from messages import (
     ATTRIBUTE_HEADER,

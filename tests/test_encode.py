@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from netfilterqueue._packet import packets_from
+from netfilterqueue._handmade import packets_from
 
 from messages import Wire, simple_packets, verdicts_in
 from netfilterqueue import Packet, Verdict

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from netfilterqueue._channel import alive
-from netfilterqueue._packet import packets_from
+from netfilterqueue._handmade import packets_from
 
 from memory import assert_no_growth, public_names, suppressing
 from messages import simple_packets

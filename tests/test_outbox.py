@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from netfilterqueue._packet import packets_from
+from netfilterqueue._handmade import packets_from
 
 from messages import PACKET, Wire, message, simple_packets, verdicts_in
 from netfilterqueue import Verdict
@@ -491,7 +491,7 @@ FORK = """
     import os, sys
     sys.path.insert(0, sys.argv[1])
     from messages import Wire, simple_packets
-    from netfilterqueue._packet import packets_from
+    from netfilterqueue._handmade import packets_from
 
     def read(wire, delay, *ids):
         return packets_from(simple_packets(*ids), fd=wire.fd, verdict_delay=delay)[0]
@@ -527,7 +527,7 @@ EXIT = """
     import sys
     sys.path.insert(0, sys.argv[1])
     from messages import Wire, simple_packets
-    from netfilterqueue._packet import packets_from
+    from netfilterqueue._handmade import packets_from
 
     wire = Wire()
     delay = float(sys.argv[2])

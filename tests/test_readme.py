@@ -162,6 +162,14 @@ def test_contributing_names_every_file_of_the_package() -> None:
     assert {name for names in files_of_contributing() for name in names} == sources
 
 
+def test_files_are_as_short_as_contributing_says() -> None:
+    [longest] = re.findall(r"stays below (\d+) lines", CONTRIBUTING.read_text(encoding="utf-8"))
+    for names in files_of_contributing():
+        for name in names:
+            lines = (PACKAGE / name).read_text(encoding="utf-8").splitlines()
+            assert len(lines) < int(longest), name
+
+
 def test_files_import_only_from_those_above_them() -> None:
     above: set[str] = set()
     imports = 0

@@ -6,7 +6,7 @@ import struct
 from typing import TYPE_CHECKING
 
 import pytest
-from netfilterqueue._packet import packets_from
+from netfilterqueue._handmade import packets_from
 
 from messages import ATTRIBUTE_HEADER, NFQA, attribute, packet_header, packet_message
 from netfilterqueue import COPY_META, NetfilterQueue, Packet
