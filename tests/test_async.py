@@ -16,6 +16,7 @@ from event_loops import OnAsyncio, OnTrio
 from netfilterqueue import NetfilterQueue, Packet, aio
 from support import (
     RECEIVE_BUFFER,
+    SOON,
     TIMEOUT,
     alarm,
     in_thread,
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from event_loops import Loop
     from support import UdpFlow
 
-# Long enough for a task to begin to wait.
-SOON = 0.05
 # More than an asynchronous read goes through before it waits.
 STEPS = 8
 

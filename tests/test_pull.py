@@ -17,6 +17,7 @@ from netfilterqueue._channel import alive
 from netfilterqueue import COPY_META, NetfilterQueue, Packet
 from support import (
     RECEIVE_BUFFER,
+    SOON,
     TIMEOUT,
     alarm,
     in_thread,
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from support import UdpFlow
-
-# Soon, for what waits for a thread that is blocked already.
-SOON = 0.05
 
 
 class Handler(NetfilterQueue):

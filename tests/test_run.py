@@ -17,6 +17,7 @@ from netfilterqueue import NetfilterQueue, Packet
 from support import (
     CHAINS,
     RECEIVE_BUFFER,
+    SOON,
     TIMEOUT,
     accepting,
     in_thread,
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
     from support import Program, UdpFlow
 
 SOL_NETLINK, NETLINK_NO_ENOBUFS = 270, 5  # <linux/socket.h>, <linux/netlink.h>
-
-# Soon, for what waits for a thread that is blocked already.
-SOON = 0.05
 
 both_families = pytest.mark.parametrize("ipv6", [False, True], ids=["ipv4", "ipv6"])
 

@@ -19,6 +19,7 @@ import pytest
 from netfilterqueue import NetfilterQueue, Packet
 from support import (
     RECEIVE_BUFFER,
+    SOON,
     TIMEOUT,
     alarm,
     bound_queues,
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from support import Program, QueuedUdp, UdpFlow
 
 HELPER = "nfqueue-verdict"
-SOON = 0.05  # seconds
 PROMPTLY = 1.0  # seconds; a signal that waits for the next packet waits for ever
 TRIES = 500
 
