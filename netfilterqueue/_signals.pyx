@@ -119,18 +119,25 @@ cdef int start_watching() except -1:
 
 
 cdef void *watch_pipe(void *_argument) noexcept nogil:
-    # It lives as long as the process: signals belong to that, not to a queue.
+    # It lives as long as the process: signals belong to that, not to a queue. But the program may
+    # close what it does not know, as daemons do: then the next watch begins with another pipe.
     cdef pollfd descriptor
     descriptor.fd = signal_pipe[0]
     descriptor.events = POLLIN
-    while True:
-        if poll(&descriptor, 1, -1) < 0:
+    descriptor.revents = 0
+    while not descriptor.revents & ~POLLIN:
+        if poll(&descriptor, 1, -1) <= 0:
+            descriptor.revents = 0
             continue
         pthread_mutex_lock(&lock)
-        pass_on()
-        if awaited >= 0:
-            send_noop(awaited)
+        if descriptor.revents & ~POLLIN:
+            signal_pipe[0] = signal_pipe[1] = -1
+        else:
+            pass_on()
+            if awaited >= 0:
+                send_noop(awaited)
         pthread_mutex_unlock(&lock)
+    return NULL
 
 
 cdef void pass_on() noexcept nogil:

@@ -68,6 +68,7 @@ cdef extern from "<poll.h>" nogil:
     struct pollfd:
         int fd
         short events
+        short revents
 
     enum:
         POLLIN

@@ -461,6 +461,41 @@ def test_nothing_is_sent_to_what_has_the_number_of_a_closed_queue(
     udp.queue.run()
     assert received == []
 
+    def test_pipe_that_the_program_has_closed_is_replaced(
+        self, run_program: Callable[..., Program], queue_num: int
+    ) -> None:
+        """As daemons do, which close all that they do not know."""
+        program = run_program(CLOSING_PROGRAM, str(queue_num))
+        assert program.run() == "interrupted\n"
+
+
+CLOSING_PROGRAM = """
+import os, pathlib, signal, sys, time
+from netfilterqueue import NetfilterQueue
+
+def watchers():
+    names = [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+    return names.count("nfqueue-signals\\n")
+
+def run_for(timeout):
+    with NetfilterQueue() as queue:
+        queue.bind(int(sys.argv[1]), print, sock_len=65536)
+        queue.run(timeout=timeout)
+
+run_for(0.001)
+assert watchers() == 1
+os.closerange(3, 1000)
+while watchers():
+    time.sleep(0.001)
+signal.setitimer(signal.ITIMER_REAL, 0.01)
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+try:
+    run_for(None)
+except KeyboardInterrupt:
+    print("interrupted")
+assert watchers() == 1
+"""
+
 
 def send_when_blocked(udp: QueuedUdp) -> None:
     wait_until_blocked(udp.queue.fileno())
