@@ -461,13 +461,6 @@ def test_nothing_is_sent_to_what_has_the_number_of_a_closed_queue(
     udp.queue.run()
     assert received == []
 
-    def test_pipe_that_the_program_has_closed_is_replaced(
-        self, run_program: Callable[..., Program], queue_num: int
-    ) -> None:
-        """As daemons do, which close all that they do not know."""
-        program = run_program(CLOSING_PROGRAM, str(queue_num))
-        assert program.run() == "interrupted\n"
-
 
 CLOSING_PROGRAM = """
 import os, pathlib, signal, sys, time
@@ -495,6 +488,14 @@ except KeyboardInterrupt:
     print("interrupted")
 assert watchers() == 1
 """
+
+
+def test_pipe_that_the_program_has_closed_is_replaced(
+    run_program: Callable[..., Program], queue_num: int
+) -> None:
+    """As daemons do, which close all that they do not know."""
+    program = run_program(CLOSING_PROGRAM, str(queue_num))
+    assert program.run() == "interrupted\n"
 
 
 def send_when_blocked(udp: QueuedUdp) -> None:
