@@ -112,11 +112,11 @@ cdef class Outbox:
         # Next to the send of a single verdict, to give the GIL up and to take it back is dear: both
         # are a good part of a packet's round trip. But nobody waits for the wire with the GIL held.
         if waiting.count == 1 and pthread_mutex_trylock(&waiting.wire) == 0:
-            error = send_over_wire(waiting)
+            error = send_over_wire(waiting, False)
             pthread_mutex_unlock(&waiting.wire)
         else:
             with nogil:
-                error = send_pending(waiting)
+                error = send_pending(waiting, False)
         if error:
             raise verdicts_not_sent(error)
         return 1
@@ -174,7 +174,7 @@ cdef class Outbox:
         self.closed = True
         with nogil:
             # Although nothing may be pending, another thread may be sending it just now.
-            error = send_pending(self.waiting)
+            error = send_pending(self.waiting, False)
             stop_helper(self.waiting)
         if error:
             raise verdicts_not_sent(error)
@@ -215,16 +215,16 @@ cdef bint reserve(Waiting *waiting, size_t size) noexcept nogil:
     return True
 
 
-cdef int send_pending(Waiting *waiting) noexcept nogil:
-    """Send what is pending; 0 or errno."""
+cdef int send_pending(Waiting *waiting, bint late) noexcept nogil:
+    """Send what is pending; 0 or errno, which ``late`` leaves for the next caller to raise."""
     cdef int error
     pthread_mutex_lock(&waiting.wire)
-    error = send_over_wire(waiting)
+    error = send_over_wire(waiting, late)
     pthread_mutex_unlock(&waiting.wire)
     return error
 
 
-cdef int send_over_wire(Waiting *waiting) noexcept nogil:
+cdef int send_over_wire(Waiting *waiting, bint late) noexcept nogil:
     """The same for who holds the lock `wire`."""
     cdef char *messages
     cdef size_t length
@@ -250,6 +250,9 @@ cdef int send_over_wire(Waiting *waiting) noexcept nogil:
         error = 0
     if error:
         pthread_mutex_lock(&waiting.lock)
+        if late:
+            # Together: whoever finds its packet undecided again is to be told why.
+            waiting.late_error = error
         note_failure(waiting, flight)
         pthread_mutex_unlock(&waiting.lock)
     return error
@@ -314,7 +317,6 @@ cdef void stop_helper(Waiting *waiting) noexcept nogil:
 cdef void *help_sending(void *argument) noexcept nogil:
     cdef Waiting *waiting = <Waiting *> argument
     cdef int quiet = 0
-    cdef int error
     pthread_mutex_lock(&waiting.lock)
     while not waiting.ending:
         if quiet >= PATIENCE and not waiting.length:
@@ -328,10 +330,8 @@ cdef void *help_sending(void *argument) noexcept nogil:
         quiet = 0 if waiting.length else quiet + 1
         if waiting.length and waiting.tick - waiting.stamp >= 2:
             pthread_mutex_unlock(&waiting.lock)
-            error = send_pending(waiting)
+            send_pending(waiting, True)
             pthread_mutex_lock(&waiting.lock)
-            if error:
-                waiting.late_error = error
     pthread_mutex_unlock(&waiting.lock)
     return NULL
 
@@ -381,20 +381,12 @@ cdef void before_fork() noexcept nogil:
     waiting = roll
     while waiting is not NULL:
         stop_helper(waiting)
-        send_pending_late(waiting)
+        # With the helper gone, nothing would bound how long these wait in the parent.
+        send_pending(waiting, True)
         # Nor may another thread be half-way through a change of what the child will see.
         pthread_mutex_lock(&waiting.wire)
         pthread_mutex_lock(&waiting.lock)
         waiting = waiting.next
-
-
-cdef void send_pending_late(Waiting *waiting) noexcept nogil:
-    # With the helper gone, nothing would bound how long these wait in the parent.
-    cdef int error = send_pending(waiting)
-    if error:
-        pthread_mutex_lock(&waiting.lock)
-        waiting.late_error = error
-        pthread_mutex_unlock(&waiting.lock)
 
 
 cdef void after_fork_in_parent() noexcept nogil:
