@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -141,20 +142,23 @@ def reads_packets(pid: int) -> bool:
     with Path(f"/proc/{pid}/net/netlink").open(encoding="ascii") as table:
         rows = [line.split() for line in table]
     sockets = {f"socket:[{row[-1]}]" for row in rows if row[1] == str(NETLINK_NETFILTER)}
-    descriptors = {
-        hex(int(path.name))
-        for path in Path(f"/proc/{pid}/fd").iterdir()
-        if str(path.readlink()) in sockets
-    }
-    calls = Path(f"/proc/{pid}/task").glob("*/syscall")
-    return any(descriptors & set(call.read_text(encoding="ascii").split()[1:2]) for call in calls)
+    descriptors = set()
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it has been closed meanwhile
+            if str(path.readlink()) in sockets:
+                descriptors.add(hex(int(path.name)))
+    for path in Path(f"/proc/{pid}/task").glob("*/syscall"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
+            if descriptors & set(path.read_text(encoding="ascii").split()[1:2]):
+                return True
+    return False
 
 
 def state(pid: int) -> str:
     """A process's state as a letter, Z where it is no more."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii")
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter between opening and reading
         return "Z"
     return stat.rpartition(")")[2].split()[0]
 
