@@ -2,10 +2,11 @@
 
 
 cdef struct Watch:
-    # What ends a watch over signals, and what is as before then: they can be nested, in handlers.
+    # What ends a watch over signals. They can be nested, in callbacks and handlers; and with
+    # greenlets, which have their stacks elsewhere at times, they end in any order.
     bint begun
-    bint needed                 # it is the main thread that waits
-    int wakeup                  # descriptor that Python writes the numbers of signals to, or -1
+    bint needed                 # it is the thread that runs signal handlers which waits
+    Py_ssize_t place            # of the descriptor that it has replaced, in a list
 
 cdef int begin_watch(int socket, Watch *watch) except -1
 cdef bint watching(int socket, const Watch *watch) noexcept nogil

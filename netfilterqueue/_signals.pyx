@@ -20,13 +20,33 @@ import os
 import signal
 import threading
 
-# The thread that runs Python's signal handlers.
-cdef unsigned long main_thread = threading.main_thread().ident
+cdef extern from "Python.h":
+    ctypedef struct PyInterpreterState:
+        pass
+    PyInterpreterState *PyInterpreterState_Get()
+    PyInterpreterState *PyInterpreterState_Main()
+
+
+cdef unsigned long handlers_thread() except? 0:
+    """The thread that runs Python's signal handlers; 0 in a subinterpreter, where none does."""
+    if PyInterpreterState_Get() != PyInterpreterState_Main():
+        return 0
+    main = threading.main_thread()
+    # The ident is a greenlet's where gevent has been at the module.
+    return (PyThread_get_thread_ident() if main.native_id == threading.get_native_id()
+            else main.ident)
+
+
+cdef unsigned long main_thread = handlers_thread()
 
 cdef pthread_mutex_t lock       # guards the two below, and keeps what they name from being closed
 cdef int awaited = -1           # the socket that the main thread waits for
 cdef int elsewhere = -1         # the descriptor that the program itself has signals written to
 cdef int[2] signal_pipe         # to be read, to be written; -1 before the first watch
+
+# Where Python wrote the numbers of signals to before each of the watches under way began: a
+# descriptor, -1 for none; None for a watch that ended before a later one did.
+cdef list replaced = []
 
 signal_pipe[0] = signal_pipe[1] = -1
 pthread_mutex_init(&lock, NULL)
@@ -36,6 +56,7 @@ cdef int begin_watch(int socket, Watch *watch) except -1:
     """Have every signal from now on end a read of the socket, if this is the main thread. Signals
     that came earlier are the caller's to look for; and to call end_watch() in any case."""
     global awaited, elsewhere
+    cdef int wakeup
     if watch.begun:
         if watch.needed:
             watch_for(socket)
@@ -44,31 +65,54 @@ cdef int begin_watch(int socket, Watch *watch) except -1:
     if watch.needed:
         if signal_pipe[1] < 0:
             start_watching()
-        watch.wakeup = write_signals_to(signal_pipe[1])
+        wakeup = write_signals_to(signal_pipe[1])
+        watch.place = len(replaced)
+        replaced.append(wakeup)
         pthread_mutex_lock(&lock)
         awaited = socket
-        if watch.wakeup != signal_pipe[1]:
-            elsewhere = watch.wakeup
+        if wakeup != signal_pipe[1]:
+            elsewhere = wakeup
         pthread_mutex_unlock(&lock)
     watch.begun = True
     return 0
 
 
 cdef int end_watch(Watch *watch) except -1:
-    global elsewhere
-    cdef int wakeup
     if not watch.begun:
         return 0
     watch.begun = False
     if not watch.needed:
         return 0
-    # Where watches are nested the outer one begins again: its socket may be closed by now.
+    # Another one that is under way begins again: its socket may be closed by now.
     watch_for(-1)
-    wakeup = write_signals_to(watch.wakeup)
+    if watch.place + 1 < len(replaced):
+        bequeath(watch.place)
+    else:
+        put_back(replaced.pop())
+        while replaced and replaced[-1] is None:
+            replaced.pop()
+    return 0
+
+
+cdef int bequeath(Py_ssize_t place) except -1:
+    """One that began later goes on, and puts back in this one's stead what was replaced."""
+    cdef Py_ssize_t later = place + 1
+    while replaced[later] is None:
+        later += 1
+    if replaced[later] == signal_pipe[1]:
+        replaced[later] = replaced[place]
+    # Else the callback has chosen another one in between, and nothing else is expected.
+    replaced[place] = None
+    return 0
+
+
+cdef int put_back(int before) except -1:
+    global elsewhere
+    cdef int wakeup = write_signals_to(before)
     if wakeup != signal_pipe[1]:
-        # The callback has chosen another one, and nothing else is expected.
+        # The callback has chosen another one.
         write_signals_to(wakeup)
-    if watch.wakeup != signal_pipe[1]:
+    if before != signal_pipe[1]:
         # From now on it can be closed at any time.
         pthread_mutex_lock(&lock)
         pass_on()

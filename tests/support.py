@@ -39,6 +39,7 @@ PATIENCE = float(os.environ.get("NETFILTERQUEUE_TEST_PATIENCE", "1"))
 PACKETS_LET_GO = "ignore:a packet was let go of undecided:ResourceWarning"
 
 TIMEOUT = 5.0 * PATIENCE  # seconds; generous, as only a failing test waits so long
+START_TIMEOUT = 30.0  # seconds; scapy and gevent take long to import
 SOON = 0.05  # seconds: long enough for a thread or a task to begin to wait
 
 # Bytes; the kernel's default limit, so that every machine grants it and bind() does not warn.

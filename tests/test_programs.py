@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from support import Program, bound_queues, wait_until
+from support import START_TIMEOUT, Program, bound_queues, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 # The receive buffer is smaller than asked for where the real root is not at hand.
 PYTHON = ("-u", "-X", "faulthandler", "-W", "error", "-W", "ignore:Socket rcvbuf limit")
-START_TIMEOUT = 30.0  # seconds; scapy and gevent take long to import
 
 
 @pytest.fixture

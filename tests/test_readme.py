@@ -15,7 +15,7 @@ from docutils.core import publish_doctree
 
 import netfilterqueue
 from netfilterqueue import NetfilterQueue, Packet
-from support import RECEIVE_BUFFER, Program, Traffic, bound_queues, wait_until
+from support import RECEIVE_BUFFER, START_TIMEOUT, Program, Traffic, bound_queues, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,7 +31,6 @@ EXAMPLES = ROOT / "examples"
 # The receive buffer is smaller than asked for where the real root is not at hand.
 PYTHON = ("-u", "-X", "faulthandler", "-W", "error", "-W", "ignore:Socket rcvbuf limit")
 SOURCE_SUFFIXES = {".py", ".pyi", ".pyx", ".pxd"}
-START_TIMEOUT = 30.0  # seconds; scapy and gevent take long to import
 
 
 class Block(NamedTuple):

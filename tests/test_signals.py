@@ -14,13 +14,16 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import greenlet
 import pytest
 
 from netfilterqueue import NetfilterQueue, Packet
 from support import (
     RECEIVE_BUFFER,
     SOON,
+    START_TIMEOUT,
     TIMEOUT,
+    QueuedUdp,
     alarm,
     bound_queues,
     in_thread,
@@ -32,7 +35,7 @@ from support import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from support import Program, QueuedUdp, UdpFlow
+    from support import Program, UdpFlow
 
 HELPER = "nfqueue-verdict"
 PROMPTLY = 1.0  # seconds; a signal that waits for the next packet waits for ever
@@ -409,6 +412,40 @@ class TestWakeupDescriptor:
         os.close(reader)
         os.close(writer)
 
+    def test_is_as_before_when_greenlets_end_in_another_order_than_they_began(
+        self,
+        own: tuple[int, int],
+        queued_udp: Callable[..., QueuedUdp],
+        queued: Callable[..., UdpFlow],
+        queue_num: int,
+    ) -> None:
+        def change_over(packet: Packet) -> None:
+            packet.accept()
+            first.queue.stop()
+            two.switch()
+
+        def change_back(packet: Packet) -> None:
+            packet.accept()
+            one.switch()
+
+        first = queued_udp(callback=change_over)
+        with NetfilterQueue() as other:
+            flow = queued(number=queue_num + 1)
+            other.bind(queue_num + 1, change_back, sock_len=RECEIVE_BUFFER)
+            one, two = (greenlet.greenlet(queue.run) for queue in (first.queue, other))
+            for udp in (first, QueuedUdp(flow, other, [])):
+                in_thread(send_when_blocked, udp)
+            one.switch()
+            assert one.dead
+            in_use = signal.set_wakeup_fd(-1)
+            signal.set_wakeup_fd(in_use)
+            assert in_use != own[1]
+            with alarm(SOON, lambda *_: other.stop()):
+                two.switch()
+        assert two.dead
+        assert os.read(own[0], 10) == bytes([signal.SIGALRM])
+        assert signal.set_wakeup_fd(-1) == own[1]
+
     @pytest.mark.usefixtures("own")
     @pytest.mark.parametrize("end", ["stop", "close"])
     def test_is_in_a_child_as_without_a_queue(
@@ -507,6 +544,55 @@ def test_pipe_that_the_program_has_closed_is_replaced(
     """As daemons do, which close all that they do not know."""
     program = run_program(CLOSING_PROGRAM, str(queue_num))
     assert program.run() == "interrupted\n"
+
+
+SUBINTERPRETER_PROGRAM = """
+import sys, _testcapi
+
+status = _testcapi.run_in_subinterp('''
+import sys, threading
+from netfilterqueue import NetfilterQueue
+with NetfilterQueue() as queue:
+    queue.bind(%s, print, sock_len=65536)
+    threading.Timer(0.01, queue.stop).start()
+    queue.run()
+''' % sys.argv[1])
+assert status == 0
+"""
+
+
+def test_subinterpreter_handles_none(run_program: Callable[..., Program], queue_num: int) -> None:
+    """There, Python lets nobody ask for their numbers."""
+    pytest.importorskip("_testcapi")
+    assert run_program(SUBINTERPRETER_PROGRAM, str(queue_num)).run() == ""
+
+
+GREENLETS_PROGRAM = """
+import gevent.monkey
+gevent.monkey.patch_all()
+import os, signal, sys
+from netfilterqueue import NetfilterQueue
+
+with NetfilterQueue() as queue:
+    queue.bind(int(sys.argv[1]), print, sock_len=65536)
+    reader, writer = os.pipe2(os.O_NONBLOCK)
+    def handler(*_):
+        in_use = signal.set_wakeup_fd(-1)
+        signal.set_wakeup_fd(in_use)
+        assert in_use not in (-1, writer)
+        queue.stop()
+    signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
+    signal.set_wakeup_fd(writer)
+    queue.run()
+    assert signal.set_wakeup_fd(-1) == writer
+"""
+
+
+def test_main_thread_is_known_although_gevent_numbers_greenlets(
+    run_program: Callable[..., Program], queue_num: int
+) -> None:
+    assert run_program(GREENLETS_PROGRAM, str(queue_num)).run(START_TIMEOUT) == ""
 
 
 def send_when_blocked(udp: QueuedUdp) -> None:
