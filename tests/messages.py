@@ -8,6 +8,7 @@ in for the kernel: it is where the verdicts of `netfilterqueue._handmade.packets
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import socket
@@ -129,6 +130,22 @@ def unbind_request(queue_num: int) -> bytes:
 def verdict_request(queue_num: int, id: int, verdict: int) -> bytes:
     """A verdict on a packet, which need not exist."""
     return request(VERDICT, queue_num, attribute(NFQA.VERDICT_HDR, struct.pack("!II", verdict, id)))
+
+
+class FakeSocket:
+    """For `run_socket`: gives these datagrams, or raises these errors, one by one, and keeps none;
+    then nothing is pending."""
+
+    def __init__(self, *results: Any) -> None:
+        self.results = list(results)
+
+    def recv(self, size: int) -> Any:
+        if not self.results:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        result = self.results.pop(0)
+        if isinstance(result, Exception):
+            raise result
+        return result
 
 
 # Taken apart: verdict messages

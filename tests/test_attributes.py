@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import pytest
 from netfilterqueue._handmade import packets_from
 
-from messages import NFQA, attribute, packet_header, packet_message
+from messages import NFQA, FakeSocket, attribute, packet_header, packet_message
 from netfilterqueue import NetfilterQueue, Packet
 from netfilterqueue.vlan import Vlan
 from support import RECEIVE_BUFFER, decode_one, skipping
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    pass
 
 HEADER = packet_header()
 PAYLOAD = attribute(NFQA.PAYLOAD, b"\x45 a payload")
@@ -76,20 +76,6 @@ def test_connections_state_of_a_wrong_length_is_none(length: int) -> None:
 # Read by a queue, and kept
 
 
-class Datagrams:
-    """A socket from which a queue receives these."""
-
-    def __init__(self, datagrams: Iterable[bytes]) -> None:
-        self.datagrams = iter(datagrams)
-
-    def recv(self, size: int) -> bytes:
-        try:
-            # A copy that nobody else holds.
-            return bytes(bytearray(next(self.datagrams)))
-        except StopIteration:
-            raise BlockingIOError from None
-
-
 def with_everything(number: int) -> bytes:
     return packet_message(
         packet_header(number),
@@ -118,7 +104,7 @@ def test_packets_keep_them_for_as_long_as_they_live(
     seen: list[Packet] = []
     queue.bind(queue_num, keep, sock_len=RECEIVE_BUFFER)
     numbers = range(1, 101)
-    queue.run_socket(Datagrams(map(with_everything, numbers)))
+    queue.run_socket(FakeSocket(*map(with_everything, numbers)))
     expected = [(b"header %08d" % n, f"context {n:08}", n) for n in numbers]
     assert during == expected
     assert [told_by(packet) for packet in seen] == expected
@@ -135,7 +121,7 @@ def test_packet_of_a_callback_that_failed_keeps_them(queue: NetfilterQueue, queu
 
     seen: list[Packet] = []
     queue.bind(queue_num, fail, sock_len=RECEIVE_BUFFER)
-    datagrams = Datagrams(map(with_everything, range(1, 11)))
+    datagrams = FakeSocket(*map(with_everything, range(1, 11)))
     for _ in range(10):
         with pytest.raises(ZeroDivisionError):
             queue.run_socket(datagrams)

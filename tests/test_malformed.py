@@ -11,7 +11,7 @@ import os
 import random
 import socket
 import struct
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -23,6 +23,7 @@ from messages import (
     NLMSG_OVERRUN,
     PACKET,
     VERDICT,
+    FakeSocket,
     attribute,
     message,
     packet_header,
@@ -71,21 +72,6 @@ NOT_PACKETS = {
     "a verdict like a packet": message(bytes(4) + packet_header(), VERDICT),
     "several": message(b"", NLMSG_NOOP) + packet_message() + message(b"", PACKET) + b"\1\2\3",
 }
-
-
-class FakeSocket:
-    """Gives these datagrams, or raises these errors, one by one; then nothing is pending."""
-
-    def __init__(self, *results: Any) -> None:
-        self.results = list(results)
-
-    def recv(self, size: int) -> Any:
-        if not self.results:
-            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        result = self.results.pop(0)
-        if isinstance(result, Exception):
-            raise result
-        return result
 
 
 @pytest.mark.parametrize("datagram", NOT_PACKETS.values(), ids=NOT_PACKETS.keys())

@@ -5,6 +5,7 @@ Those that need what not every kernel has are in `test_scenarios_stock.py`.
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from messages import verdict_request
+from messages import FakeSocket, simple_packets, verdict_request
 from netfilterqueue import Hook, NetfilterQueue, Packet, Verdict
 from support import (
     CHAINS,
@@ -514,6 +515,29 @@ class TestProgramThatExits:
         assert flow.arrived() == []
 
 
+# Ids that no packet in the queue has, by the latest that was queued.
+UNKNOWN: dict[str, Callable[[Packet], int]] = {
+    "past": lambda latest: latest.id - 1,
+    "future": lambda latest: latest.id + 1,
+    "nobody": lambda latest: 0xFFFFFFFF,
+}
+
+
+def verdict_by_packet(udp: QueuedUdp, id: int, verdict: Verdict) -> None:
+    """Give a packet's verdict that the queue did not get from the kernel."""
+    udp.queue.run_socket(FakeSocket(*simple_packets(id, queue_num=udp.packets[0].queue_num)))
+    packet = udp.packets.pop()
+    {Verdict.ACCEPT: packet.accept, Verdict.DROP: packet.drop, Verdict.REPEAT: packet.repeat}[
+        verdict
+    ]()
+    assert packet.verdict is verdict
+
+
+def verdict_by_hand(udp: QueuedUdp, id: int, verdict: Verdict) -> None:
+    """Send one that is no packet's."""
+    os.write(udp.queue.fileno(), verdict_request(udp.packets[0].queue_num, id, verdict))
+
+
 class TestOrderOfVerdicts:
     @pytest.mark.parametrize("batch", [1, 32])
     def test_packets_go_on_as_they_are_decided(
@@ -530,18 +554,30 @@ class TestOrderOfVerdicts:
         wait_until_queued(packets[0].queue_num, 0)
         assert udp.flow.arrived() == []
 
-    @pytest.mark.parametrize("of", ["past", "future", "nobody"])
-    def test_verdicts_on_packets_that_are_not_queued_change_nothing(
-        self, queued_udp: Callable[..., QueuedUdp], of: str
+    @pytest.mark.parametrize("by", [verdict_by_packet, verdict_by_hand])
+    @pytest.mark.parametrize("of", UNKNOWN)
+    def test_verdicts_on_packets_that_are_not_queued_change_nothing_and_are_counted(
+        self,
+        queued_udp: Callable[..., QueuedUdp],
+        of: str,
+        by: Callable[[QueuedUdp, int, Verdict], None],
     ) -> None:
-        udp = queued_udp("forward")
+        # At once: what is past must not wait to be sent.
+        udp = queued_udp("forward", verdict_delay=0)
         first, second = udp.deliver(b"first", b"second")
         first.accept()
-        number = {"past": first.id, "future": second.id + 1, "nobody": 0xFFFFFFFF}[of]
-        for verdict in (Verdict.ACCEPT, Verdict.DROP, Verdict.REPEAT):
-            os.write(udp.queue.fileno(), verdict_request(second.queue_num, number, verdict))
+        verdicts = (Verdict.ACCEPT, Verdict.DROP, Verdict.REPEAT)
+        for verdict in verdicts:
+            by(udp, UNKNOWN[of](second), verdict)
         third = udp.deliver_one(b"third")
         third.accept()
         second.accept()
         assert udp.flow.receive_all(3) == [b"first", b"third", b"second"]
         assert udp.flow.arrived() == []
+        found = udp.queue.stats()
+        # The kernel's answers tell what was asked for.
+        if by is verdict_by_packet:
+            assert (found.verdict_errors, found.request_errors) == ({errno.ENOENT: 3}, 0)
+            assert [found.verdicts[verdict] for verdict in verdicts] == [4, 1, 1]
+        else:
+            assert (found.verdict_errors, found.request_errors) == ({}, 3)

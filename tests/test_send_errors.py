@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from typing import TYPE_CHECKING
@@ -9,7 +10,16 @@ from typing import TYPE_CHECKING
 import pytest
 
 from netfilterqueue import NetfilterQueue, Packet, Verdict
-from support import TIMEOUT, bound_queues, in_thread, run_until, wait_until, wait_until_queued
+from support import (
+    TIMEOUT,
+    bound_queues,
+    in_thread,
+    numbered,
+    run_until,
+    udp_data,
+    wait_until,
+    wait_until_queued,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -163,10 +173,6 @@ class TestSendFails:
         assert ids == "[1, 2]"
 
 
-def ignore(packet: Packet) -> None:
-    """A callback that decides nothing."""
-
-
 @pytest.fixture
 def doomed_interface(router: Node) -> Iterator[str]:
     """An interface of the router on the way to 203.0.113.2, to be taken down."""
@@ -178,7 +184,19 @@ def doomed_interface(router: Node) -> Iterator[str]:
     ):
         router.run(["ip", *command.split()])
     yield "doomed"
-    router.run(["ip", "link", "delete", "doomed"])
+    # A test may have deleted it, and with it its other end.
+    router.run(["ip", "link", "delete", "doomed"], check=False)
+
+
+# Ways for packets to leave a queue by themselves.
+LEAVING = {
+    "interface goes down": "ip link set doomed down",
+    "interface is deleted": "ip link delete doomed",
+    "unrelated table is deleted": (
+        "nft add table ip t; nft add chain ip t c { type filter hook input priority 9\\; };"
+        " nft delete table ip t"
+    ),
+}
 
 
 class TestRefusedLater:
@@ -195,34 +213,48 @@ class TestRefusedLater:
     ) -> Callable[..., QueuedUdp]:
         """Deliver packets that then leave the queue by themselves."""
 
-        def deliver(callback: Callable[[Packet], object], count: int) -> QueuedUdp:
-            udp = queued_udp(callback=callback)
+        def deliver(count: int, how: str = "interface goes down") -> QueuedUdp:
+            udp = queued_udp(callback=Packet.retain)
             rules("OUTPUT", "-o", doomed_interface, queue=queue_num)
             with router.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
                 for _ in range(count):
                     sender.sendto(b"lost", ("203.0.113.2", 9))
             run_until(udp.queue, lambda: len(udp.packets) == count)
-            router.run(["ip", "link", "set", doomed_interface, "down"])
+            router.run(["sh", "-c", LEAVING[how]])
             wait_until_queued(queue_num, 0)
             return udp
 
         return deliver
 
-    def test_interface_went_down(self, lost_udp: Callable[..., QueuedUdp]) -> None:
-        udp = lost_udp(ignore, 3)
-        for packet in udp.packets:
-            packet.accept()
-        before = len(udp.packets)
-        udp.flow.send(b"1", b"2")
-        run_until(udp.queue, lambda: len(udp.packets) == before + 2)
-        for packet in udp.packets[before:]:
-            packet.accept()
-        assert udp.flow.receive_all(2) == [b"1", b"2"]
+    @pytest.mark.parametrize("how", LEAVING)
+    def test_it_is_counted_and_good_ones_apply(
+        self, lost_udp: Callable[..., QueuedUdp], queue_num: int, how: str
+    ) -> None:
+        udp = lost_udp(3, how)
+        lost = list(udp.packets)
+        good = udp.deliver(*numbered(3))
+        # Nothing tells a packet that it has left.
+        assert [(packet.verdict, udp_data(packet)) for packet in lost] == [(None, b"lost")] * 3
+        for one, other in zip(lost, good):
+            one.accept()
+            other.accept()
+        assert udp.flow.receive_all(3) == numbered(3)
+        udp.deliver_one(b"after").accept()
+        assert udp.flow.receive() == b"after"
+        found = udp.queue.stats()
+        assert found.verdict_errors == {errno.ENOENT: 3}
+        assert (found.verdicts[Verdict.ACCEPT], found.request_errors) == (7, 0)
+        assert found.kernel is not None
+        assert found.kernel.depth == 0
         # The verdict was given, whatever became of the packet.
-        assert udp.packets[0].verdict == Verdict.ACCEPT
+        for packet in lost:
+            assert packet.verdict == Verdict.ACCEPT
+            with pytest.raises(RuntimeError, match="Verdict already given"):
+                packet.drop()
+            assert packet.get_payload_len() == 32
 
     def test_blocked_loop_goes_on(self, lost_udp: Callable[..., QueuedUdp]) -> None:
-        udp = lost_udp(ignore, 2)
+        udp = lost_udp(2)
         lost = list(udp.packets)
         running = in_thread(udp.queue.run)
         for packet in lost:
@@ -234,34 +266,6 @@ class TestRefusedLater:
         assert not running.done()
         udp.queue.stop()
         assert running.result(TIMEOUT) is None
-
-    def test_good_verdicts_of_the_same_send_apply(
-        self, lost_udp: Callable[..., QueuedUdp], queued_udp: Callable[..., QueuedUdp]
-    ) -> None:
-        udp = lost_udp(ignore, 1)
-        (lost,) = udp.packets
-        good = udp.deliver(b"1", b"2")
-        good[0].accept()
-        lost.accept()
-        good[1].accept()
-        assert udp.flow.receive_all(2) == [b"1", b"2"]
-        udp.queue.run(block=False)
-
-    def test_unrelated_table_deleted(
-        self, queued_udp: Callable[..., QueuedUdp], router: Node, queue_num: int
-    ) -> None:
-        udp = queued_udp()
-        packets = udp.deliver(b"1", b"2")
-        router.run(
-            ["nft", "add table ip t; add chain ip t c { type filter hook input priority 9; }"]
-        )
-        router.run(["nft", "delete table ip t"])
-        wait_until_queued(queue_num, 0)
-        for packet in packets:
-            packet.accept()
-        udp.queue.run(block=False)
-        udp.deliver_one(b"3").accept()
-        assert udp.flow.receive() == b"3"
 
 
 class TestOverrun:

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from messages import NFQA, attribute, message, packet_header, packet_message, unbind_request
+from messages import (
+    NFQA,
+    FakeSocket,
+    attribute,
+    message,
+    packet_header,
+    packet_message,
+    unbind_request,
+)
 from netfilterqueue import COPY_META, NetfilterQueue, Packet, Verdict, stats
 from netfilterqueue.stats import kernel_queues
 from support import (
@@ -163,14 +171,8 @@ class TestStats:
             good,
         ]
 
-        class Socket:
-            def recv(self, size: int) -> bytes:
-                if not datagrams:
-                    raise BlockingIOError
-                return datagrams.pop(0)
-
         queue.bind(queue_num, lambda packet: None, sock_len=RECEIVE_BUFFER)
-        queue.run_socket(Socket())
+        queue.run_socket(FakeSocket(*datagrams))
         found = queue.stats()
         assert found.packets == 3
         assert found.malformed == 2
