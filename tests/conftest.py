@@ -9,8 +9,9 @@ fails instead.
 With `--real-root` the sandbox has no user namespace: the process keeps the rights of the real root,
 and the tests marked `real_root` run too.
 
-The tests marked `stock_kernel` need what not every kernel has; they are deselected, and counted as
-such, without `--stock-kernel`. `ci/vm` runs them.
+The tests marked `stock_kernel` need what not every kernel has. `ci/vm` runs them with
+`--stock-kernel`, and there none of them may be skipped. Elsewhere they are deselected, and counted
+as such; but with `only=False` they run, and are skipped where the kernel lacks what they need.
 
 After each test nothing may be left: no queue bound, no rule, and in a debug build no object alive.
 """
@@ -49,7 +50,7 @@ from support import (
 from teams import start_team
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator, Iterator
     from pathlib import Path
 
     from netfilterqueue import Packet
@@ -115,9 +116,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if item.get_closest_marker("real_root"):
                 item.add_marker(pytest.mark.skip(reason="needs --real-root"))
     if not config.getoption("--stock-kernel"):
-        elsewhere = [item for item in items if item.get_closest_marker("stock_kernel")]
+        elsewhere = [item for item in items if runs_there_only(item)]
         config.hook.pytest_deselected(items=elsewhere)
         items[:] = [item for item in items if item not in elsewhere]
+
+
+def runs_there_only(item: pytest.Item) -> bool:
+    marker = item.get_closest_marker("stock_kernel")
+    return marker is not None and bool(marker.kwargs.get("only", True))
 
 
 def pytest_collection_finish() -> None:
@@ -126,9 +132,17 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     item.stash[FAILED] = call.excinfo is not None
+    report = yield
+    here = item.config.getoption("--stock-kernel") and item.get_closest_marker("stock_kernel")
+    if here and report.skipped:
+        report.outcome = "failed"
+        report.longrepr = f"skipped where it must run: {report.longrepr}"
+    return report
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
@@ -19,6 +19,7 @@ from support import (
     RECEIVE_BUFFER,
     RIGHT_MAC,
     TIMEOUT,
+    Route,
     internet_checksum,
     run_until,
     wait_until,
@@ -42,17 +43,46 @@ def names(packet: Packet) -> tuple[str | None, ...]:
     )
 
 
+# How a queue comes to be one of a namespace: of the router, where this process is, or a host.
+OPENED: dict[str, Callable[[Node, contextlib.ExitStack], NetfilterQueue]] = {
+    "here": lambda node, stack: NetfilterQueue(),
+    "netns": lambda node, stack: NetfilterQueue(netns=node.pid),
+    "sockfd": lambda node, stack: NetfilterQueue(sockfd=netlink_socket(node, stack)),
+}
+
+
+def netlink_socket(node: Node, stack: contextlib.ExitStack) -> int:
+    opened = node.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
+    return stack.enter_context(opened).fileno()
+
+
+class Outlook(NamedTuple):
+    """A queue, and a namespace that it belongs to."""
+
+    node: Node
+    queue: NetfilterQueue
+
+
+@pytest.fixture(params=OPENED)
+def outlook(
+    request: pytest.FixtureRequest, router: Node, hosts: tuple[Node, Node]
+) -> Iterator[Outlook]:
+    with contextlib.ExitStack() as stack:
+        node = router if request.param == "here" else hosts[0]
+        yield Outlook(node, stack.enter_context(OPENED[request.param](node, stack)))
+
+
 @pytest.fixture
-def device(router: Node) -> Iterator[str]:
-    """An interface of the router to which 203.0.113.0/24 is routed, and that can be renamed."""
-    ip(router, "link add before type bridge")
-    ip(router, "address add 203.0.113.1/24 dev before")
-    ip(router, "link set before up")
+def device(outlook: Outlook) -> Iterator[str]:
+    """An interface to which 203.0.113.0/24 is routed, and that can be renamed."""
+    ip(outlook.node, "link add before type bridge")
+    ip(outlook.node, "address add 203.0.113.1/24 dev before")
+    ip(outlook.node, "link set before up")
     yield "before"
     # A test may have renamed or deleted it.
     for name in ("before", "after"):
         with contextlib.suppress(subprocess.CalledProcessError):
-            ip(router, f"link delete {name}")
+            ip(outlook.node, f"link delete {name}")
 
 
 def ip(node: Node, command: str) -> None:
@@ -83,52 +113,42 @@ class TestInterfaceNames:
         assert packet.outdev == (socket.if_nametoindex(expected[1]) if expected[1] else 0)
         packet.drop()
 
-    def test_they_are_those_of_the_queues_own_namespace(
+    def test_they_are_those_of_the_queues_namespace_and_follow_a_change_of_name(
+        self, outlook: Outlook, device: str, queue_num: int
+    ) -> None:
+        node, queue = outlook
+        seen: list[Packet] = []
+        queue.bind(queue_num, seen.append, sock_len=RECEIVE_BUFFER)
+        with node.rule("OUTPUT", "-d", "203.0.113.2", queue=queue_num):
+            with node.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+                sender.sendto(b"hello", ("203.0.113.2", 9))
+            run_until(queue, lambda: seen)
+        packet = seen.pop()
+        packet.drop()
+        assert packet.outdev_name == device
+        ip(node, f"link set {device} down")
+        ip(node, f"link set {device} name after")
+        assert packet.outdev_name == "after"
+        queue.unbind()
+        assert packet.outdev_name == "after"
+        ip(node, "link delete after")
+        assert packet.outdev_name is None
+        assert packet.outdev > 0
+
+    def test_the_same_index_is_another_interface_elsewhere(
         self, hosts: tuple[Node, Node], queue_num: int, traffic: Traffic
     ) -> None:
-        """The same index is another interface here."""
         left = hosts[0]
         seen: list[Packet] = []
         flow = traffic.udp("input")
-        with contextlib.ExitStack() as stack:
-            opened = stack.enter_context(
-                left.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
-            )
-            queue = stack.enter_context(NetfilterQueue(sockfd=opened.fileno()))
-            match = ("-p", "udp", "--dport", flow.port)
-            stack.enter_context(left.rule("OUTPUT", *match, queue=queue_num))
+        match = ("-p", "udp", "--dport", flow.port)
+        with NetfilterQueue(netns=left.pid) as queue, left.rule("OUTPUT", *match, queue=queue_num):
             queue.bind(queue_num, seen.append, sock_len=RECEIVE_BUFFER)
             flow.send(b"hello")
             run_until(queue, lambda: seen)
             assert seen[0].outdev_name == "eth0"
             assert socket.if_indextoname(seen[0].outdev) != "eth0"
             seen.pop().drop()
-
-    def test_they_follow_a_change_of_name(
-        self,
-        router: Node,
-        device: str,
-        queue: NetfilterQueue,
-        queue_num: int,
-        rules: Callable[..., object],
-    ) -> None:
-        seen: list[Packet] = []
-        rules("OUTPUT", "-d", "203.0.113.2", queue=queue_num)
-        queue.bind(queue_num, seen.append, sock_len=RECEIVE_BUFFER)
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-            sender.sendto(b"hello", ("203.0.113.2", 9))
-        run_until(queue, lambda: seen)
-        packet = seen.pop()
-        packet.drop()
-        assert packet.outdev_name == device
-        ip(router, f"link set {device} down")
-        ip(router, f"link set {device} name after")
-        assert packet.outdev_name == "after"
-        queue.unbind()
-        assert packet.outdev_name == "after"
-        ip(router, "link delete after")
-        assert packet.outdev_name is None
-        assert packet.outdev > 0
 
     def test_they_are_none_once_the_queue_is_closed(
         self, queued: Callable[..., UdpFlow], queue_num: int
@@ -158,13 +178,14 @@ class TestInterfaceNames:
             os.dup2(spare, udp.queue.fileno(), inheritable=False)
             os.close(spare)
 
+    @pytest.mark.stock_kernel(only=False)
     def test_bridged_packet_has_those_of_its_ports(
         self,
-        router: Node,
         hosts: tuple[Node, Node],
         queue: NetfilterQueue,
         queue_num: int,
         rules: Callable[..., object],
+        traffic: Traffic,
         bridged_hosts: tuple[str, str],
     ) -> None:
         seen: list[Packet] = []
@@ -174,13 +195,17 @@ class TestInterfaceNames:
         calls.write_text("1")
         rules("FORWARD", "-p", "udp", queue=queue_num)
         queue.bind(queue_num, seen.append, sock_len=RECEIVE_BUFFER)
-        with hosts[0].socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-            sender.sendto(b"hello", (bridged_hosts[1], 9))
+        flow = traffic.udp_over(Route(*hosts, bridged_hosts[1], socket.AF_INET))
+        flow.send(b"hello")
         run_until(queue, lambda: seen)
-        assert names(seen[0]) == ("bridge0", "bridge0", "port0", "port1")
+        packet = seen.pop()
+        assert names(packet) == ("bridge0", "bridge0", "port0", "port1")
+        indexes = [packet.indev, packet.outdev, packet.physindev, packet.physoutdev]
+        assert indexes == [socket.if_nametoindex(name) for name in names(packet) if name]
         # The queue is not one of the bridge family.
-        assert seen[0].l2_header is None
-        seen.pop().drop()
+        assert packet.l2_header is None
+        packet.accept()
+        assert flow.receive() == b"hello"
 
 
 def real_user(path: str) -> int:
@@ -220,6 +245,27 @@ class TestSender:
         packet = queued_udp("forward", uid_gid=True).deliver_one()
         assert (packet.uid, packet.gid) == (None, None)
         packet.drop()
+
+
+class TestSecurityContext:
+    @pytest.mark.stock_kernel
+    @pytest.mark.parametrize("asked", [True, False])
+    def test_it_is_the_one_that_a_rule_has_given(
+        self, queued_udp: Callable[..., QueuedUdp], rules: Callable[..., object], asked: bool
+    ) -> None:
+        # To AppArmor, which Debian's kernel starts with, this is the name of no restriction.
+        label = ("-j", "SECMARK", "--selctx", "unconfined")
+        rules("OUTPUT", "-p", "udp", "-m", "mark", "--mark", 7, *label, table="mangle")
+        udp = queued_udp("output", secctx=asked)
+        # Marked by its socket, for a rule in a table before the queue's.
+        unlabelled = udp.deliver_one()
+        udp.flow.sender.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, 7)
+        labelled = udp.deliver_one()
+        assert unlabelled.secctx is None
+        assert labelled.secctx == ("unconfined" if asked else None)
+        for packet in (unlabelled, labelled):
+            packet.accept()
+        assert labelled.secctx == ("unconfined" if asked else None)
 
 
 class TestPriority:

@@ -334,30 +334,30 @@ class TestOnTheKernel:
             assert one.icmp_id == ping.identifier
             assert (one.source_port, one.destination_port) == (None, None)
 
-    @pytest.mark.parametrize(
-        ("protocol", "kind"),
-        [(socket.IPPROTO_TCP, socket.SOCK_STREAM), (socket.IPPROTO_SCTP, socket.SOCK_STREAM)],
-        ids=["tcp", "sctp"],
-    )
-    def test_of_others_it_has_the_ports(
+    @pytest.mark.parametrize("protocol", ["tcp", "sctp"])
+    def test_it_is_established_and_assured_as_it_goes_on(
         self,
         queue: NetfilterQueue,
         connections: Callable[..., list[Packet]],
+        traffic: Traffic,
         hosts: tuple[Node, Node],
-        protocol: int,
-        kind: int,
+        protocol: str,
     ) -> None:
-        seen = connections("-p", protocol, "--dport", 4321)
-        with hosts[0].socket(socket.AF_INET, kind, protocol) as sender:
-            sender.setblocking(False)
-            assert sender.connect_ex((hosts[1].ipv4, 4321)) != 0
-            run_until(queue, lambda: seen)
-            port = sender.getsockname()[1]
-        found = connection_of(seen[0])
-        ends = hosts[0].ipv4, hosts[1].ipv4
-        assert found.state is ConntrackState.NEW
-        assert found.original == ConntrackTuple(protocol, *ends, port, 4321)
-        assert found.reply == ConntrackTuple(protocol, *ends[::-1], 4321, port)
+        seen = connections("-p", protocol)
+        transfer = getattr(traffic, protocol)("forward", b"data")
+        run_until(queue, lambda: transfer.done)
+        assert transfer.result() == b"data"
+        found = [connection_of(packet) for packet in seen]
+        number = socket.getprotobyname(protocol)
+        left, right = (host.ipv4 for host in hosts)
+        port = found[0].original.source_port
+        assert port
+        for one in found:
+            assert one.original == ConntrackTuple(number, left, right, port, transfer.port)
+            assert one.reply == ConntrackTuple(number, right, left, transfer.port, port)
+        assert found[0].state is ConntrackState.NEW
+        assert ConntrackState.ESTABLISHED in {one.state for one in found}
+        assert any(one.status & ConntrackStatus.ASSURED for one in found)
 
     def test_rules_show_in_it(
         self,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import queue as queues
 import socket
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
@@ -18,7 +16,6 @@ from support import (
     RECEIVE_BUFFER,
     TIMEOUT,
     QueuedUdp,
-    Route,
     UdpFlow,
     in_thread,
     run_until,
@@ -26,7 +23,7 @@ from support import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from netfilterqueue.testing import Node, Rule
 
@@ -80,29 +77,6 @@ def interface_index(name: str | None) -> int:
     return 0 if name is None else socket.if_nametoindex(name)
 
 
-@pytest.fixture
-def bridged(hosts: tuple[Node, Node], router: Node) -> Iterator[UdpFlow]:
-    """Datagrams from the left to the right host over a bridge in the router, with two ports."""
-    addresses = ("203.0.113.1", "203.0.113.2")
-    if not Path("/proc/sys/net/bridge/bridge-nf-call-iptables").exists():
-        pytest.skip("bridged packets do not pass iptables here: modprobe br_netfilter")
-    try:
-        router.run(["ip", "link", "add", "bridge", "type", "bridge"])
-        router.run(["ip", "link", "set", "bridge", "up"])
-        for host, port, address in zip(hosts, ("port1", "port2"), addresses):
-            peer = ["peer", "name", "eth1", "netns", str(host.pid)]
-            router.run(["ip", "link", "add", port, "type", "veth", *peer])
-            router.run(["ip", "link", "set", port, "master", "bridge", "up"])
-            host.run(["ip", "link", "set", "eth1", "up"])
-            host.run(["ip", "address", "add", f"{address}/24", "dev", "eth1"])
-        flow = UdpFlow(Route(*hosts, addresses[1], socket.AF_INET))
-        with contextlib.closing(flow):
-            yield flow
-    finally:
-        for link in ("port1", "port2", "bridge"):
-            router.run(["ip", "link", "delete", link], check=False)
-
-
 class TestAttributes:
     @both_families
     @ways(*Hook)
@@ -114,25 +88,6 @@ class TestAttributes:
         assert packet.indev == interface_index(way.indev)
         assert packet.outdev == interface_index(way.outdev)
         assert packet.physindev == packet.physoutdev == 0
-
-    def test_physical_interfaces_are_the_ports_of_a_bridge(
-        self,
-        bridged: UdpFlow,
-        queue: NetfilterQueue,
-        queue_num: int,
-        rules: Callable[..., Rule],
-    ) -> None:
-        packets: list[Packet] = []
-        queue.bind(queue_num, packets.append, sock_len=RECEIVE_BUFFER)
-        rules("FORWARD", "-p", "udp", queue=queue_num)
-        bridged.send(b"hello")
-        run_until(queue, lambda: packets)
-        (packet,) = packets
-        assert packet.physindev == socket.if_nametoindex("port1")
-        assert packet.physoutdev == socket.if_nametoindex("port2")
-        assert packet.indev == packet.outdev == socket.if_nametoindex("bridge")
-        packet.accept()
-        assert bridged.receive() == b"hello"
 
     @both_families
     @ways(*ARRIVING)

@@ -6,14 +6,12 @@ from __future__ import annotations
 
 import random
 import socket
-import struct
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack, contextmanager, suppress
+from typing import TYPE_CHECKING
 
 import pytest
 
 from netfilterqueue import Hook, NetfilterQueue, Packet
-from netfilterqueue.conntrack import ConntrackState, ConntrackStatus, ConntrackTuple
 from support import (
     LEFT_MAC,
     RECEIVE_BUFFER,
@@ -28,7 +26,6 @@ from support import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from netfilterqueue.conntrack import Conntrack
     from netfilterqueue.testing import Node, Rule
     from support import Traffic
 
@@ -79,34 +76,71 @@ class TestNftables:
         assert flow.arrived() == (numbered(3) if bypass else [])
 
 
+@pytest.mark.parametrize("gso", [False, True], ids=["segmented", "gso"])
 class TestSctp:
-    @pytest.mark.parametrize("gso", [False, True], ids=["segmented", "gso"])
-    @pytest.mark.parametrize("path", ["forward", "loopback"])
-    def test_all_arrives(
-        self,
-        queue: NetfilterQueue,
-        queue_num: int,
-        traffic: Traffic,
-        rules: Callable[..., Rule],
-        path: str,
-        gso: bool,
-    ) -> None:
-        sizes: list[int] = []
+    """It is cut before it is queued, with the flag `gso` as without: the kernel cannot copy what
+    SCTP sends at once, as each of its packets has a buffer of its own."""
+
+    @pytest.fixture
+    def sizes(
+        self, queue: NetfilterQueue, queue_num: int, rules: Callable[..., Rule], gso: bool
+    ) -> list[int]:
+        """Those of all packets that are queued, and accepted."""
 
         def accept(packet: Packet) -> None:
             sizes.append(len(packet))
+            assert not packet.gso
             assert packet.get_payload()[9] == socket.IPPROTO_SCTP
             packet.accept()
 
-        rules("FORWARD" if path == "forward" else "INPUT", "-p", "sctp", queue=queue_num)
+        sizes: list[int] = []
+        for chain in ("FORWARD", "INPUT"):
+            rules(chain, "-p", "sctp", queue=queue_num)
         queue.bind(queue_num, accept, gso=gso, max_len=4096, sock_len=RECEIVE_BUFFER)
-        data = random.Random(0).randbytes(300_000)
-        transfer = traffic.sctp(path, data)
+        return sizes
+
+    @pytest.fixture
+    def data(self) -> bytes:
+        return random.Random(0).randbytes(300_000)
+
+    def test_packets_that_were_sent_as_one_are_queued_one_by_one(
+        self,
+        queue: NetfilterQueue,
+        sizes: list[int],
+        traffic: Traffic,
+        router: Node,
+        data: bytes,
+    ) -> None:
+        tap = router.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_ALL))
+        with tap:
+            tap.bind((router.interfaces[0], 0))
+            transfer = traffic.sctp("forward", data)
+            run_until(queue, lambda: transfer.done)
+            assert transfer.result() == data
+            came = lengths_of(tap)
+        assert max(came) > 1500
+        assert max(sizes) == 1500
+        assert sum(sizes) > len(data)
+
+    def test_all_arrives_over_loopback(
+        self, queue: NetfilterQueue, sizes: list[int], traffic: Traffic, data: bytes
+    ) -> None:
+        transfer = traffic.sctp("loopback", data)
         run_until(queue, lambda: transfer.done)
         assert transfer.result() == data
         assert sum(sizes) > len(data)
-        # What is longer than its way allows was cut into what fits.
-        assert gso or path == "loopback" or max(sizes) <= 1500
+
+
+ETH_P_ALL = 3  # <linux/if_ether.h>
+
+
+def lengths_of(tap: socket.socket) -> list[int]:
+    """Those of the packets that a packet socket has seen."""
+    lengths = []
+    with suppress(BlockingIOError):
+        while True:
+            lengths.append(tap.recv_into(bytearray(1), 0, socket.MSG_TRUNC | socket.MSG_DONTWAIT))
+    return lengths
 
 
 class TestBridgeFamily:
@@ -177,174 +211,39 @@ class TestBridgeFamily:
         assert udp.flow.arrived() == []
 
 
-class TestConntrack:
-    """What connection tracking says about packets that are forwarded, and is told by verdicts."""
-
-    @pytest.fixture
-    def tracked(
-        self, queue: NetfilterQueue, queue_num: int, nft: Callable[..., None]
-    ) -> Callable[..., list[Packet]]:
-        """`tracked(17, callback)`: queue all UDP; packets are kept, and accepted at once."""
-
-        def bind(
-            protocol: int, callback: Callable[[Packet], object] = id, **options: Any
-        ) -> list[Packet]:
-            packets: list[Packet] = []
-
-            def keep(packet: Packet) -> None:
-                packet.retain()
-                packets.append(packet)
-                callback(packet)
-                packet.accept()
-
-            queue.bind(queue_num, keep, conntrack=True, sock_len=RECEIVE_BUFFER, **options)
-            # Connections have room for labels once there is a rule that sets one.
-            nft(
-                "chain not_used { ct label set 1; }\n"
-                "chain zone { type filter hook prerouting priority raw; ct zone set 3; }\n"
-                "chain forward { type filter hook forward priority filter;"
-                f" meta l4proto {protocol} queue to {queue_num}; }}",
-                family="inet",
-            )
-            return packets
-
-        return bind
-
-    @both_families
-    def test_flow_of_datagrams_from_its_first_to_its_third(
-        self,
-        queue: NetfilterQueue,
-        tracked: Callable[..., list[Packet]],
-        traffic: Traffic,
-        hosts: tuple[Node, Node],
-        ipv6: bool,
-    ) -> None:
-        packets = tracked(socket.IPPROTO_UDP)
-        flow = traffic.udp("forward", ipv6=ipv6)
-        flow.send(b"question")
-        run_until(queue, lambda: len(packets) == 1)
-        _, sender = flow.receiver.recvfrom(2048)
-        flow.receiver.sendto(b"answer", sender)
-        run_until(queue, lambda: len(packets) == 2)
-        flow.send(b"thanks")
-        run_until(queue, lambda: len(packets) == 3)
-        first, second, third = map(conntrack_of, packets)
-        assert first.state is ConntrackState.NEW
-        assert second.state is ConntrackState.ESTABLISHED_REPLY
-        assert third.state is ConntrackState.ESTABLISHED
-        left, right = (host.ipv6 if ipv6 else host.ipv4 for host in hosts)
-        for conntrack in (first, second, third):
-            assert conntrack.original == ConntrackTuple(17, left, right, sender[1], flow.port)
-            assert conntrack.reply == ConntrackTuple(17, right, left, flow.port, sender[1])
-            assert conntrack.zone == 3
-            assert conntrack.id == first.id is not None
-        assert not first.status & (ConntrackStatus.CONFIRMED | ConntrackStatus.SEEN_REPLY)
-        assert second.status & ConntrackStatus.CONFIRMED
-        assert second.status & ConntrackStatus.SEEN_REPLY
-        assert second.timeout
-
-    @both_families
-    def test_echo_has_no_ports(
-        self,
-        queue: NetfilterQueue,
-        tracked: Callable[..., list[Packet]],
-        traffic: Traffic,
-        ipv6: bool,
-    ) -> None:
-        packets = tracked(socket.IPPROTO_ICMPV6 if ipv6 else socket.IPPROTO_ICMP)
-        ping = traffic.ping("forward", ipv6=ipv6)
-        ping.send(b"data")
-        run_until(queue, lambda: len(packets) == 2)
-        assert ping.receive() == b"data"
-        for packet in packets:
-            original, reply = conntrack_of(packet).original, conntrack_of(packet).reply
-            assert (original.icmp_type, reply.icmp_type) == (ping.request_type, ping.reply_type)
-            assert (original.icmp_code, original.icmp_id) == (0, ping.identifier)
-            assert original.source_port is original.destination_port is None
-
-    @pytest.mark.parametrize("protocol", [socket.IPPROTO_TCP, socket.IPPROTO_SCTP])
-    def test_connection_is_established(
-        self,
-        queue: NetfilterQueue,
-        tracked: Callable[..., list[Packet]],
-        traffic: Traffic,
-        protocol: int,
-    ) -> None:
-        packets = tracked(protocol)
-        start = traffic.tcp if protocol == socket.IPPROTO_TCP else traffic.sctp
-        transfer = start("forward", b"data")
-        run_until(queue, lambda: transfer.done)
-        assert transfer.result() == b"data"
-        tracks = list(map(conntrack_of, packets))
-        for conntrack in tracks:
-            assert conntrack.original.protocol == conntrack.reply.protocol == protocol
-            assert conntrack.original.destination_port == transfer.port
-            assert conntrack.reply.source_port == transfer.port
-        assert tracks[0].state is ConntrackState.NEW
-        assert any(conntrack.state is ConntrackState.ESTABLISHED for conntrack in tracks)
-        assert any(conntrack.status & ConntrackStatus.ASSURED for conntrack in tracks)
-
-    def test_translated_destination_shows_in_the_reply(
-        self,
-        queue: NetfilterQueue,
-        tracked: Callable[..., list[Packet]],
-        traffic: Traffic,
-        rules: Callable[..., Rule],
-        router: Node,
-        hosts: tuple[Node, Node],
-    ) -> None:
-        flow = traffic.udp("forward")
-        to = ("-j", "DNAT", "--to-destination", hosts[1].ipv4)
-        rules("PREROUTING", "-p", "udp", "-d", router.ipv4, *to, table="nat")
-        packets = tracked(socket.IPPROTO_UDP)
-        flow.sender.connect((router.ipv4, flow.port))
-        flow.send(b"hello")
-        run_until(queue, lambda: packets)
-        conntrack = conntrack_of(packets[0])
-        assert conntrack.original.destination == router.ipv4
-        assert conntrack.reply.source == hosts[1].ipv4
-        assert conntrack.status & ConntrackStatus.DST_NAT
-        assert flow.receive() == b"hello"
-
-    def test_mark_and_labels_set_by_a_verdict_stay_with_the_connection(
-        self, queue: NetfilterQueue, tracked: Callable[..., list[Packet]], traffic: Traffic
-    ) -> None:
-        def mark_first(packet: Packet) -> None:
-            if packet.id == 1:
-                packet.set_conntrack_mark(0xDEADBEEF)
-                packet.set_conntrack_labels(labels)
-
-        labels = struct.pack("=QQ", 1 << 5, 1 << 63)
-        packets = tracked(socket.IPPROTO_UDP, mark_first)
-        flow = traffic.udp("forward")
-        flow.send(b"0")
-        run_until(queue, lambda: len(packets) == 1)
-        flow.send(b"1")
-        run_until(queue, lambda: len(packets) == 2)
-        before, after = map(conntrack_of, packets)
-        assert (before.mark, after.mark) == (0, 0xDEADBEEF)
-        assert (before.labels or bytes(16), after.labels) == (bytes(16), labels)
-        assert flow.receive_all(2) == numbered(2)
-
+class TestReceivedTogether:
     @pytest.mark.parametrize("gso", [False, True], ids=["segmented", "gso"])
-    def test_datagrams_received_together_stay_apart(
+    def test_datagrams_stay_apart_and_belong_to_a_connection(
         self,
         queue: NetfilterQueue,
-        tracked: Callable[..., list[Packet]],
+        queue_num: int,
+        nft: Callable[..., None],
         traffic: Traffic,
         router: Node,
         hosts: tuple[Node, Node],
         gso: bool,
     ) -> None:
         """The router's interface puts them into one packet, a list, as it receives them (GRO)."""
-        flow = traffic.udp("forward")
-        flow.sender.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, 1000)
+        packets: list[Packet] = []
         arrived: list[bytes] = []
+
+        def accept(packet: Packet) -> None:
+            packet.retain()
+            packets.append(packet)
+            packet.accept()
 
         def all_arrived() -> bool:
             arrived.extend(flow.arrived())
             return len(arrived) == 20
 
+        flow = traffic.udp("forward")
+        flow.sender.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, 1000)
+        queue.bind(queue_num, accept, gso=gso, conntrack=True, sock_len=RECEIVE_BUFFER)
+        nft(
+            "chain forward { type filter hook forward priority filter;"
+            f" ct state new,established meta l4proto udp queue to {queue_num}; }}"
+        )
+        datagrams = [bytes([number]) * 1000 for number in range(20)]
         with ExitStack() as features:
             for node, interface, name, value in (
                 (hosts[0], "eth0", "tx-udp-segmentation", "off"),
@@ -352,12 +251,12 @@ class TestConntrack:
                 (router, "left", "rx-gro-list", "on"),
             ):
                 features.enter_context(feature(node, interface, name, value))
-            packets = tracked(socket.IPPROTO_UDP, gso=gso)
-            datagrams = [bytes([number]) * 1000 for number in range(20)]
             flow.send(b"".join(datagrams))
             run_until(queue, all_arrived)
         assert arrived == datagrams
-        assert all(packet.conntrack for packet in packets)
+        connections = [packet.conntrack for packet in packets]
+        assert None not in connections
+        assert {one.original.destination_port for one in connections if one} == {flow.port}
         if gso:
             assert len(packets) < 20
             assert packets[0].gso
@@ -376,8 +275,3 @@ def feature(node: Node, interface: str, name: str, value: str) -> Iterator[None]
         yield
     finally:
         node.run(["ethtool", "-K", interface, name, {"on": "off", "off": "on"}[value]])
-
-
-def conntrack_of(packet: Packet) -> Conntrack:
-    assert packet.conntrack is not None
-    return packet.conntrack
