@@ -37,7 +37,12 @@ HEADERS = (
 LIBRARIES = ("mnl", "netfilter_queue")
 DIRECTIVES = {
     "language_level": 3,
-    "binding": True,  # signatures for help() and inspect
+    # Methods that check what they are called on: with Cython's own kind, `Packet.accept(None)`
+    # would read memory that is no packet.
+    "binding": False,
+    # Signatures for help() and inspect, which such methods have none of otherwise.
+    "embedsignature": True,
+    "embedsignature.format": "clinic",
     "cdivision": True,  # C arithmetic on C integers; no hidden test for zero
     "auto_pickle": False,  # none of the types could be rebuilt from a pickle
 }

@@ -136,10 +136,11 @@ cdef class NetfilterQueue(Receiver):
 
     # Binding
 
-    def bind(self, queue_num, user_callback=None, max_len=1024, mode=constants.COPY_PACKET,
-             range=65535, sock_len=2455552, *, callback=None, fail_open=False, gso=False,
-             conntrack=False, uid_gid=False, secctx=False, timestamps=True, batch=32,
-             verdict_delay=0.001, default_verdict=None):
+    # inspect reads the defaults from text, and knows no names there: 2 is COPY_PACKET.
+    def bind(self, queue_num, user_callback=None, max_len=1024, mode=2, range=65535,
+             sock_len=2455552, *, callback=None, fail_open=False, gso=False, conntrack=False,
+             uid_gid=False, secctx=False, timestamps=True, batch=32, verdict_delay=0.001,
+             default_verdict=None):
         """Bind the queue ``queue_num`` (0 to 65535) and configure it, in one request.
 
         ``user_callback`` (or ``callback``)

@@ -16,7 +16,7 @@ from netfilterqueue import COPY_PACKET, NetfilterQueue, Packet, Verdict
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from support import UdpFlow
+    from support import Program, UdpFlow
 
 CLASSIC_NAMES = {
     "COPY_META",
@@ -50,6 +50,33 @@ BIND_KEYWORDS = {
     "verdict_delay": 0.001,
     "default_verdict": None,
 }
+
+
+# Calls every method of every public class on what is no object of that class.
+CALLS_ON_THE_WRONG_OBJECT = """
+import inspect
+from netfilterqueue import NetfilterQueue, Packet, lowlevel, nflog
+
+classes = [NetfilterQueue, Packet]
+for module in (lowlevel, nflog):
+    public = (getattr(module, name) for name in module.__all__)
+    classes += [cls for cls in public if inspect.isclass(cls) and not issubclass(cls, Exception)]
+for cls in classes:
+    for name, method in vars(cls).items():
+        if name.startswith("_") or not callable(method):
+            continue
+        print(cls.__name__, name)
+        parameters = [*inspect.signature(method).parameters.values()][1:]
+        needed = [None for parameter in parameters if parameter.default is parameter.empty
+                  and parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+        for wrong in (None, 5, object(), cls):
+            try:
+                method(wrong, *needed)
+            except TypeError as error:
+                assert cls.__name__ in str(error), error
+            else:
+                raise AssertionError(f"{name}({wrong})")
+"""
 
 
 def defaults(function: Callable[..., object], kind: Any) -> dict[str, object]:
@@ -134,3 +161,10 @@ def test_help_speaks_of_every_public_name(cls: type) -> None:
     public = [value for name, value in vars(cls).items() if not name.startswith(("_", "COPY_"))]
     assert public
     assert [value for value in [cls, *public] if not inspect.getdoc(value)] == []
+
+
+def test_methods_refuse_what_is_no_object_of_their_class(
+    run_program: Callable[..., Program],
+) -> None:
+    called = run_program(CALLS_ON_THE_WRONG_OBJECT).run().splitlines()
+    assert {"NetfilterQueue run", "Packet accept", "Nflog next"} <= {*called}

@@ -116,7 +116,7 @@ def test_public_name_is_documented(name: str) -> None:
 
 def test_documented_signature_of_bind_is_the_real_one() -> None:
     signature = str(inspect.signature(NetfilterQueue.bind))
-    documented = signature.replace("(self, ", "(").replace("mode=2", "mode=COPY_PACKET")
+    documented = signature.replace("(self, /, ", "(").replace("mode=2", "mode=COPY_PACKET")
     assert f"``bind{documented}``" in README.read_text(encoding="utf-8")
 
 
