@@ -3,7 +3,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from netfilterqueue._netlink cimport Cursor
 from netfilterqueue._signals cimport Watch
-from netfilterqueue._uapi cimport iovec, mmsghdr, nlmsghdr
+from netfilterqueue._uapi cimport iovec, mmsghdr, nlmsghdr, pthread_cond_t, pthread_mutex_t
 
 
 cdef extern from *:
@@ -78,7 +78,9 @@ cdef class Channel:
     cdef int reading            # of them, those in the system call itself, or in another's recv()
     cdef list foreign           # of these, the threads in another object's recv()
     cdef int waiters            # threads that wait for a read to end
-    cdef object news            # Condition: one did
+    cdef pthread_mutex_t lock   # guards the two below; nobody takes the GIL with it
+    cdef pthread_cond_t news    # for them alone
+    cdef unsigned int ends      # of reads that somebody waited for
     cdef unsigned int slots     # of the slabs to be made
     cdef size_t slot_size       # bytes
     cdef list slabs             # a small pool; those with users are passed over
@@ -97,7 +99,8 @@ cdef class Channel:
     cdef int await_readable(self, int milliseconds) except -1
     cdef int take(self, const nlmsghdr *message, size_t length) except -1
     cdef Slab receive_until(self, double deadline, Watch *watch)
-    cdef int end_reading(self) except -1
+    cdef void make_locks(self) noexcept
+    cdef void end_reading(self) noexcept
     cdef int begin_foreign(self) except -1
     cdef int end_foreign(self) except -1
     cdef int others_reading(self) except -1

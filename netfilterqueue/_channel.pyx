@@ -3,20 +3,23 @@ others to know."""
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EAGAIN, EINTR, ENOBUFS, ENODEV, errno
-from libc.stdint cimport uint32_t
+from libc.stdint cimport int64_t, uint32_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
 from netfilterqueue._netlink cimport Cursor, next_message, send_noop
 from netfilterqueue._signals cimport Watch, begin_watch, forget_socket, watching
+from netfilterqueue._threads cimport from_now, init_condition, wait_until
 from netfilterqueue._uapi cimport close as close_descriptor
 from netfilterqueue._uapi cimport (
     AF_NETLINK, F_DUPFD_CLOEXEC, F_GETFL, MSG_DONTWAIT, MSG_NOSIGNAL, NETLINK_CAP_ACK,
     NETLINK_NETFILTER, NETLINK_NO_ENOBUFS, NLMSG_ERROR, NLMSG_MIN_TYPE, O_NONBLOCK, POLLIN,
     SIOCGIFNAME, SK_MEMINFO_DROPS, SOCK_CLOEXEC, SOCK_RAW, SOL_NETLINK, SOL_SOCKET, SO_DOMAIN,
-    SO_MEMINFO, SO_PROTOCOL, SO_RCVBUF, SO_RCVBUFFORCE, SO_TIMESTAMP, bind, connect, fcntl,
-    getsockname, getsockopt, ifreq, ioctl, mmsghdr, nlmsgerr, nlmsghdr, poll, pollfd, recv,
-    recvmmsg, send, setsockopt, sockaddr, sockaddr_nl, socket, socklen_t,
+    SO_MEMINFO, SO_PROTOCOL, SO_RCVBUF, SO_RCVBUFFORCE, SO_TIMESTAMP, bind, clock_time, connect,
+    fcntl, getsockname, getsockopt, ifreq, ioctl, mmsghdr, nlmsgerr, nlmsghdr, poll, pollfd,
+    pthread_cond_broadcast, pthread_cond_destroy, pthread_mutex_destroy, pthread_mutex_init,
+    pthread_mutex_lock, pthread_mutex_unlock, recv, recvmmsg, send, setsockopt, sockaddr,
+    sockaddr_nl, socket, socklen_t,
 )
 
 import os
@@ -174,7 +177,7 @@ cdef class Channel:
     def __cinit__(self, int sockfd=-1):
         self.fd = -1
         self.answers = {}
-        self.news = threading.Condition()
+        self.make_locks()
         self.slabs = []
         self.foreign = []
         self.arrived = []
@@ -192,6 +195,12 @@ cdef class Channel:
 
     def __dealloc__(self):
         self.close()
+        pthread_cond_destroy(&self.news)
+        pthread_mutex_destroy(&self.lock)
+
+    cdef void make_locks(self) noexcept:
+        init_condition(&self.news)
+        pthread_mutex_init(&self.lock, NULL)
 
     def connect_to_kernel(self):
         cdef sockaddr_nl address
@@ -313,12 +322,14 @@ cdef class Channel:
             raise os_error(error, "cannot wait for the netlink socket")
         return 0
 
-    cdef int end_reading(self) except -1:
+    # Without Python, whose signal handlers could raise before what was read is in safe hands.
+    cdef void end_reading(self) noexcept:
         self.reading -= 1
         if self.waiters:
-            with self.news:
-                self.news.notify_all()
-        return 0
+            pthread_mutex_lock(&self.lock)
+            self.ends += 1
+            pthread_cond_broadcast(&self.news)
+            pthread_mutex_unlock(&self.lock)
 
     cdef int begin_foreign(self) except -1:
         """Another object's recv() is about to be called, which can run Python code on this thread:
@@ -331,7 +342,8 @@ cdef class Channel:
     cdef int end_foreign(self) except -1:
         self.foreign.remove(threading.get_ident())
         self.readers -= 1
-        return self.end_reading()
+        self.end_reading()
+        return 0
 
     cdef int others_reading(self) except -1:
         return self.reading - self.foreign.count(threading.get_ident())
@@ -347,13 +359,19 @@ cdef class Channel:
 
     cdef int await_news(self, double deadline) except -1:
         """Wait until another thread's read ends."""
-        cdef int reading = self.reading
+        cdef unsigned int ends
+        cdef bint waiting = True
+        cdef clock_time until = from_now(
+            <int64_t> (max(deadline - time.monotonic(), 0) * 1e9))
+        PyErr_CheckSignals()
         self.waiters += 1
-        try:
-            with self.news:
-                self.news.wait_for(lambda: self.reading < reading, deadline - time.monotonic())
-        finally:
-            self.waiters -= 1
+        ends = self.ends
+        with nogil:
+            pthread_mutex_lock(&self.lock)
+            while waiting and self.ends == ends:
+                waiting = wait_until(&until, &self.news, &self.lock)
+            pthread_mutex_unlock(&self.lock)
+        self.waiters -= 1
         return 0
 
     cdef int take(self, const nlmsghdr *message, size_t length) except -1:
@@ -458,7 +476,7 @@ cdef class Channel:
         """After a fork, in the child: the other threads are the parent's."""
         self.readers = self.reading = self.waiters = 0
         self.foreign.clear()
-        self.news = threading.Condition()
+        self.make_locks()
         return 0
 
     cdef int size_receive_buffer(self, int size) except -1:

@@ -5,14 +5,11 @@ from libc.stdlib cimport calloc, free, malloc, realloc
 
 from netfilterqueue._channel cimport DEBUG, alive_now
 from netfilterqueue._nfqueue cimport Decision, decision_size, encode_verdict
-from netfilterqueue._threads cimport start_thread
+from netfilterqueue._threads cimport from_now, init_condition, start_thread, wait_until
 from netfilterqueue._uapi cimport (
-    CLOCK_MONOTONIC, MSG_NOSIGNAL, clock_gettime, clock_time, pthread_atfork,
-    pthread_cond_destroy, pthread_cond_init, pthread_cond_signal, pthread_cond_timedwait,
-    pthread_cond_wait, pthread_condattr_destroy, pthread_condattr_init,
-    pthread_condattr_setclock, pthread_condattr_t, pthread_join, pthread_mutex_destroy,
-    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_trylock,
-    pthread_mutex_unlock, send,
+    MSG_NOSIGNAL, clock_time, pthread_atfork, pthread_cond_destroy, pthread_cond_signal,
+    pthread_cond_wait, pthread_join, pthread_mutex_destroy, pthread_mutex_init,
+    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_trylock, pthread_mutex_unlock, send,
 )
 
 from netfilterqueue._advice import verdicts_not_sent
@@ -185,11 +182,7 @@ cdef class Outbox:
 # What follows runs without the GIL.
 
 cdef void make_locks(Waiting *waiting) noexcept nogil:
-    cdef pthread_condattr_t attributes
-    pthread_condattr_init(&attributes)
-    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC)
-    pthread_cond_init(&waiting.wakeup, &attributes)
-    pthread_condattr_destroy(&attributes)
+    init_condition(&waiting.wakeup)
     pthread_mutex_init(&waiting.lock, NULL)
     pthread_mutex_init(&waiting.wire, NULL)
 
@@ -337,13 +330,8 @@ cdef void *help_sending(void *argument) noexcept nogil:
 
 
 cdef void sleep_a_period(Waiting *waiting) noexcept nogil:
-    cdef clock_time deadline
-    cdef int64_t nanoseconds
-    clock_gettime(CLOCK_MONOTONIC, &deadline)
-    nanoseconds = deadline.tv_nsec + waiting.period
-    deadline.tv_sec += nanoseconds // 1000000000
-    deadline.tv_nsec = nanoseconds % 1000000000
-    pthread_cond_timedwait(&waiting.wakeup, &waiting.lock, &deadline)
+    cdef clock_time deadline = from_now(waiting.period)
+    wait_until(&deadline, &waiting.wakeup, &waiting.lock)
 
 
 # fork(). The child gets the memory but not the helper, and a lock could be held at that moment by

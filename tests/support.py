@@ -169,10 +169,10 @@ def run_until(
 
 
 @contextlib.contextmanager
-def alarm(after: float, handler: Callable[..., object]) -> Iterator[None]:
-    """Call a signal handler once, after so many seconds."""
+def alarm(after: float, handler: Callable[..., object], every: float = 0) -> Iterator[None]:
+    """Call a signal handler after so many seconds: once, or again and again."""
     before = signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, after)
+    signal.setitimer(signal.ITIMER_REAL, after, every)
     try:
         yield
     finally:

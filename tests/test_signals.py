@@ -334,6 +334,44 @@ class TestHandlers:
             udp.queue.run()
         assert udp.flow.receive() == b"hello"
 
+    def test_error_of_a_handler_loses_no_read_of_which_others_are_told(
+        self, queued_udp: Callable[..., QueuedUdp], queue_num: int
+    ) -> None:
+        """Who asks the kernel is told when the loop has read: the answer may be in that."""
+        running = False
+
+        def fail(*_: object) -> None:
+            nonlocal running
+            if running:
+                running = False
+                raise HandlerError
+
+        def set_lengths() -> None:
+            while not sending.done():
+                udp.queue.set_max_len(100000)
+
+        def send() -> None:
+            for number in range(1, 20001):
+                udp.flow.send(b"read")
+                if not number % 100:
+                    wait_until(lambda number=number: len(kept) == number)  # type: ignore[misc]
+
+        udp = queued_udp()
+        udp.queue.unbind()
+        # In C: a handler that raises within the callback would keep a packet from it.
+        kept: collections.deque[Packet] = collections.deque()
+        udp.queue.bind(queue_num, kept.append, max_len=100000, sock_len=RECEIVE_BUFFER)
+        sending = in_thread(send)
+        asking = in_thread(set_lengths)
+        with alarm(0.001, fail, 0.0002):
+            while not sending.done():
+                with contextlib.suppress(HandlerError):
+                    running = True
+                    udp.queue.run(timeout=SOON)
+                    running = False
+        sending.result()
+        asking.result(TIMEOUT)
+
     def test_stop_in_a_handler_between_two_runs_ends_the_next(
         self, queue: NetfilterQueue, queue_num: int
     ) -> None:
