@@ -27,6 +27,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
@@ -38,12 +39,13 @@ from netfilterqueue.stats import kernel_queues
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+    from multiprocessing.connection import Connection
     from multiprocessing.context import ForkProcess
     from types import FrameType
 
     from typing_extensions import Self
 
-    from netfilterqueue.stats import KernelQueue
+    from netfilterqueue.stats import KernelQueue, QueueStats
 
 __all__ = ["QueueStatistics", "Statistics", "WorkerCrashed", "serve"]
 
@@ -75,6 +77,9 @@ class QueueStatistics:
     dropped: int  # because the queue or the receive buffer was full
     undecided: int  # at the end: the kernel drops them
     restarts: int
+    # As QueueStats has them; a process that was killed, or called os._exit(), has not told its own.
+    verdicts: Counter[Verdict]
+    verdict_errors: Counter[int]
 
 
 @dataclass(frozen=True)
@@ -99,10 +104,20 @@ class Statistics:
     def restarts(self) -> int:
         return sum(queue.restarts for queue in self.queues)
 
+    @property
+    def verdicts(self) -> Counter[Verdict]:
+        return sum((queue.verdicts for queue in self.queues), Counter())
+
+    @property
+    def verdict_errors(self) -> Counter[int]:
+        return sum((queue.verdict_errors for queue in self.queues), Counter())
+
     def __str__(self) -> str:
+        verdicts = [f"{count} {verdict.name}" for verdict, count in sorted(self.verdicts.items())]
         return (
             f"{self.packets} packets in {len(self.queues)} queues, {self.dropped} dropped, "
-            f"{self.undecided} undecided, {self.restarts} restarts"
+            f"{self.undecided} undecided, {self.restarts} restarts; "
+            f"verdicts: {', '.join(verdicts) or 'none'}"
         )
 
 
@@ -295,6 +310,8 @@ class Worker(abc.ABC):
         self.name = f"nfqueue-{queue_num}"
         self.restarts = 0
         self.crashes: list[float] = []  # when, on the clock of time.monotonic()
+        self.verdicts: Counter[Verdict] = Counter()
+        self.verdict_errors: Counter[int] = Counter()
 
     @abc.abstractmethod
     def bind(self, options: dict[str, Any]) -> None: ...
@@ -317,6 +334,14 @@ class Worker(abc.ABC):
     def abandon(self) -> None:
         """Go on without it: it has not ended in time."""
 
+    @abc.abstractmethod
+    def collect(self) -> None:
+        """Take over what it has counted; it has ended, or was abandoned."""
+
+    def add(self, counted: QueueStats) -> None:
+        self.verdicts += Counter(counted.verdicts)
+        self.verdict_errors += Counter(counted.verdict_errors)
+
     def pin(self) -> None:
         """Stay on this worker's CPU; called in the worker itself."""
         try:
@@ -336,16 +361,26 @@ class Worker(abc.ABC):
         text = "%s; it is restarted (%d of at most %d times within %g seconds)"
         logger.warning(text, what, count, limit, PERIOD)
         self.restarts += 1
+        self.collect()
         self.start()
 
     def statistics(self, row: KernelQueue | None) -> QueueStatistics:
+        self.collect()
         packets = dropped = undecided = 0
         if row:
             undecided = row.depth
             # Ids count from 1, and a packet that found no room in the buffer has got one too.
             packets = row.id_sequence - row.dropped_socket - undecided
             dropped = row.dropped_full + row.dropped_socket
-        return QueueStatistics(self.queue_num, packets, dropped, undecided, self.restarts)
+        return QueueStatistics(
+            self.queue_num,
+            packets,
+            dropped,
+            undecided,
+            self.restarts,
+            self.verdicts,
+            self.verdict_errors,
+        )
 
 
 class InheritedQueue(NetfilterQueue):
@@ -383,18 +418,20 @@ class ProcessWorker(Worker):
         super().__init__(queue_num, cpu, handler, signals)
         self.queue = InheritedQueue(handler)
         self.process: ForkProcess | None = None
+        self.report: Connection | None = None  # what it tells at its end comes from here
 
     def bind(self, options: dict[str, Any]) -> None:
         self.queue.bind(self.queue_num, user_callback=None, callback=None, **options)
 
     def start(self) -> None:
         context = multiprocessing.get_context("fork")
-        with self.signals.held_back() as mask:
-            arguments = (os.getpid(), mask)
+        self.report, report = context.Pipe(duplex=False)
+        with report, self.signals.held_back() as mask:
+            arguments = (os.getpid(), mask, report)
             self.process = context.Process(target=self.main, name=self.name, args=arguments)
             self.process.start()
 
-    def main(self, parent: int, mask: set[int]) -> None:
+    def main(self, parent: int, mask: set[int], report: Connection) -> None:
         """What the fork does."""
         # Without its parent nobody could end it, and the queue would stay bound.
         system_call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -410,6 +447,8 @@ class ProcessWorker(Worker):
         finally:
             # Of the fork's copy: it sends what other threads have decided, and unbinds nothing.
             self.queue.close()
+            # Shorter than PIPE_BUF, so that it is there as a whole or not at all.
+            report.send(self.queue.stats())
 
     def has_ended(self) -> bool:
         return self.process is None or self.process.exitcode is not None
@@ -431,6 +470,16 @@ class ProcessWorker(Worker):
         logger.error("%s has not ended within %g seconds and is killed", self.name, GRACE)
         self.process.kill()
         self.process.join()
+
+    def collect(self) -> None:
+        if self.report is None:
+            return
+        with self.report:
+            # Other workers may hold its other end, and a fork that was killed has told nothing.
+            with contextlib.suppress(EOFError):
+                if self.report.poll():
+                    self.add(self.report.recv())
+        self.report = None
 
 
 class ThreadWorker(Worker):
@@ -481,3 +530,9 @@ class ThreadWorker(Worker):
     def abandon(self) -> None:
         text = "%s has not ended within %g seconds; its queue is unbound all the same"
         logger.error(text, self.name, GRACE)
+
+    def collect(self) -> None:
+        # The queue counts over all threads that ran it.
+        self.verdicts.clear()
+        self.verdict_errors.clear()
+        self.add(self.queue.stats())

@@ -52,6 +52,10 @@ def handler(packet):
     if word in ("hold", "wait"):
         held.append(packet)
         return None
+    if word == "release":
+        held.pop().accept()
+    if word == "drop":
+        return Verdict.DROP
     if word == "signals":
         say("signals", signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL,
             signal.set_wakeup_fd(-1), signal.pthread_sigmask(signal.SIG_BLOCK, ()))
@@ -64,6 +68,9 @@ except workers.WorkerCrashed as crash:
     say("crashed:", crash, "cause:", repr(crash.__cause__), "statistics:", crash.statistics)
     sys.exit(9)
 say("statistics:", statistics)
+say("refused", dict(statistics.verdict_errors))
+for queue in statistics.queues:
+    say("queue", queue.queue_num, "accepted", queue.verdicts[Verdict.ACCEPT])
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
     say("after:", signal.getsignal(number))
 """

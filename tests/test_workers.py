@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from netfilterqueue import NetfilterQueue, Packet, workers
+from netfilterqueue import NetfilterQueue, Packet, Verdict, workers
 from netfilterqueue.workers import QueueStatistics, Statistics, serve
 from support import (
     RECEIVE_BUFFER,
@@ -289,15 +290,56 @@ class TestStatistics:
     ) -> None:
         served = team(2, processes=processes, max_len=2, batch=1)
         other = filtered(traffic, rules, served.numbers[1])
-        flow.send(b"raise", b"1")
-        assert flow.receive() == b"1"
+        # Never more than there is room for.
+        for receiver, word in ((flow, b"raise"), (other, b"drop")):
+            for payloads in ((b"before",), (word, b"after")):
+                receiver.send(*payloads)
+                assert receiver.receive() == payloads[-1]
         other.send(b"hold", b"hold")
         wait_until_queued(served.numbers[1], 2)
         other.send(b"no room")
-        assert served.end()
-        assert "statistics: 2 packets in 2 queues, 1 dropped, 2 undecided, 1 restarts" in (
-            served.program.output
+        output = served.end()
+        # A process leaves the packet at hand behind, and its successor has it dropped; a thread
+        # gives it a verdict itself.
+        dropped = 1 if processes else 2
+        assert (
+            "statistics: 6 packets in 2 queues, 1 dropped, 2 undecided, 1 restarts; "
+            f"verdicts: {dropped} DROP, 4 ACCEPT"
+        ) in output
+        assert f"queue {served.numbers[0]} accepted 2" in output
+        assert f"queue {served.numbers[1]} accepted 2" in output
+
+    @pytest.mark.parametrize(
+        ("order", "told"), [(b"raise", 2), (b"exit 1", 1), (b"kill %d" % signal.SIGKILL, 1)]
+    )
+    def test_lack_the_verdicts_of_a_process_that_had_no_time_to_tell(
+        self, team: Callable[..., Team], flow: UdpFlow, order: bytes, told: int
+    ) -> None:
+        served = team(batch=1)
+        flow.send(b"before", order, b"after")
+        assert flow.receive_all(2) == [b"before", b"after"]
+        output = served.end()
+        assert f"1 restarts; verdicts: {told} ACCEPT\n" in output
+        # The kernel has counted all.
+        assert "statistics: 3 packets in 1 queues" in output
+
+    @pytest.mark.parametrize("processes", PROCESSES)
+    def test_have_the_verdicts_that_the_kernel_refused(
+        self, team: Callable[..., Team], flow: UdpFlow, router: Node, processes: bool
+    ) -> None:
+        served = team(processes=processes)
+        flow.send(b"wait")
+        served.program.wait_for(" wait")
+        # Which empties every queue of the namespace.
+        router.run(
+            ["nft", "add table ip t; add chain ip t c { type filter hook input priority 9; }"]
         )
+        router.run(["nft", "delete table ip t"])
+        wait_until_queued(served.numbers[0], 0)
+        served.go_on()
+        flow.send(b"release", b"after")
+        assert flow.receive_all(2) == [b"release", b"after"]
+        assert f"refused {{{errno.ENOENT}: 1}}" in served.end()
 
     def test_say_so_where_the_kernel_does_not_show_its_numbers(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -310,5 +352,10 @@ class TestStatistics:
         assert "the statistics lack the kernel's numbers: for root only" in caplog.text
 
     def test_of_queues_add_up(self) -> None:
-        both = Statistics((QueueStatistics(1, 10, 2, 3, 4), QueueStatistics(2, 100, 20, 30, 40)))
+        verdicts = Counter({Verdict.ACCEPT: 4, Verdict.DROP: 5})
+        one = QueueStatistics(1, 10, 2, 3, 4, verdicts, Counter({errno.ENOENT: 6}))
+        other = QueueStatistics(2, 100, 20, 30, 40, verdicts, Counter({errno.EPERM: 7}))
+        both = Statistics((one, other))
         assert (both.packets, both.dropped, both.undecided, both.restarts) == (110, 22, 33, 44)
+        assert both.verdicts == {Verdict.ACCEPT: 8, Verdict.DROP: 10}
+        assert both.verdict_errors == {errno.ENOENT: 6, errno.EPERM: 7}
