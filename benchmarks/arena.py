@@ -5,8 +5,8 @@ from __future__ import annotations
 import select
 import socket
 import subprocess
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
 from typing import NamedTuple, TypeVar
 
 from contest import Contestant
@@ -17,6 +17,10 @@ PORT = 9  # discard
 LOOPBACK = ("127.0.0.1", PORT)
 PACKET_SIZE = 64  # bytes, the headers of IPv4 and UDP included
 PAYLOAD = bytes(PACKET_SIZE - 28)
+# What such a packet is charged for in a receive buffer: 832 bytes on Linux 6.18. A page's quarter
+# leaves other kernels room.
+CHARGE = 1024
+LARGEST = 65535  # bytes of a UDP datagram, and more
 DEADLINE = 60.0  # seconds, for whatever a contestant is told to do
 SO_RCVBUFFORCE = 33  # asm-generic/socket.h; not in the module socket
 
@@ -42,6 +46,20 @@ def size_receive_buffer(sock: socket.socket, size: int) -> int:
     except PermissionError:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
     return sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+
+
+def fitting(packets: int, charge: int = CHARGE) -> tuple[int, list[str]]:
+    """As many of the packets as the receive buffer holds that the user may have for them; if those
+    are not all, a note says so."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        room = size_receive_buffer(sock, packets * charge) // charge
+    if room >= packets:
+        return packets, []
+    note = (
+        f"net.core.rmem_max allows receive buffers for {room} packets, not for {packets}: root of "
+        "the machine may have larger ones."
+    )
+    return room, [note]
 
 
 def may_force_buffers() -> bool:
@@ -159,6 +177,23 @@ class Arena(QueueStage):
         size_receive_buffer(sock, self.receive_buffer)
         sock.settimeout(DEADLINE)
         return sock
+
+    def drain(self, payload: bytes, packets: int) -> float:
+        """Fill the queue, have the contestant empty it, and return the seconds that this took."""
+        for _ in range(packets):
+            self.sender.send(payload)
+        self.expect(queued=packets)
+        self.tell()
+        seconds = float(self.hear())
+        self.expect(queued=0)
+        return seconds
+
+    def arrived(self) -> Iterator[bytes]:
+        """The packets' data that the contestant has let pass."""
+        self.receiver.setblocking(False)
+        with suppress(BlockingIOError):
+            while True:
+                yield self.receiver.recv(LARGEST)
 
     def receive(self, sock: socket.socket) -> None:
         """Wait for a packet that the contestant lets pass."""

@@ -6,24 +6,15 @@
  *
  * The command line and the dialogue on standard input and output are those of classic_api.py.
  */
-#define _GNU_SOURCE
-#include <arpa/inet.h>
-#include <errno.h>
-#include <stdbool.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/socket.h>
-#include <time.h>
+#include "loop.h"
 
-#include <libmnl/libmnl.h>
 #include <linux/netfilter.h>
-#include <linux/netfilter/nfnetlink.h>
 #include <linux/netfilter/nfnetlink_queue.h>
 
-#define BATCH 32
 /* The largest packet and its attributes. Not a power of two: slots must not share cache sets. */
 #define SLOT (65536 + 1024 + 192)
+#define CONFIG (NFNL_SUBSYS_QUEUE << 8 | NFQNL_MSG_CONFIG)
+#define VERDICT (NFNL_SUBSYS_QUEUE << 8 | NFQNL_MSG_VERDICT)
 #define VERDICT_SIZE                                                                             \
     (MNL_NLMSG_HDRLEN + MNL_ALIGN(sizeof(struct nfgenmsg)) + MNL_ATTR_HDRLEN +                   \
      MNL_ALIGN(sizeof(struct nfqnl_msg_verdict_hdr)))
@@ -36,30 +27,10 @@ struct loop {
     uint16_t queue;
     uint32_t verdict;
     bool mangle;
-    struct mmsghdr headers[BATCH];
-    struct iovec slots[BATCH];
+    struct slots slots;
 };
 
 static char slab[BATCH][SLOT];
-
-static _Noreturn void fail(const char *what)
-{
-    fprintf(stderr, "drain_loop: %s: %s\n", what, strerror(errno));
-    exit(EXIT_FAILURE);
-}
-
-static uint64_t number(const char *text, uint64_t most)
-{
-    char *end;
-
-    errno = 0;
-    unsigned long value = strtoul(text, &end, 10);
-    if (errno || end == text || *end || value > most) {
-        errno = EINVAL;
-        fail(text);
-    }
-    return value;
-}
 
 /* Which of the words it is. */
 static int choice(const char *word, const char *const words[])
@@ -67,56 +38,24 @@ static int choice(const char *word, const char *const words[])
     for (int i = 0; words[i]; i++)
         if (!strcmp(word, words[i]))
             return i;
-    errno = EINVAL;
-    fail(word);
+    errx(EXIT_FAILURE, "%s: unknown", word);
 }
 
-static struct nlmsghdr *put_header(void *at, uint16_t type, uint16_t flags, uint16_t queue)
-{
-    struct nlmsghdr *message = mnl_nlmsg_put_header(at);
-    struct nfgenmsg *generic = mnl_nlmsg_put_extra_header(message, sizeof(*generic));
-
-    message->nlmsg_type = NFNL_SUBSYS_QUEUE << 8 | type;
-    message->nlmsg_flags = NLM_F_REQUEST | flags;
-    generic->version = NFNETLINK_V0;
-    generic->res_id = htons(queue);
-    return message;
-}
-
-static void bind_queue(struct mnl_socket *netlink, uint16_t queue, uint32_t max_len, uint32_t flags)
+static int open_queue(uint16_t queue, uint32_t max_len, int receive_buffer, uint32_t flags)
 {
     char buffer[1024];
+    struct mnl_socket *netlink = open_netlink(receive_buffer);
     struct nfqnl_msg_config_cmd command = {.command = NFQNL_CFG_CMD_BIND};
     struct nfqnl_msg_config_params params = {.copy_mode = NFQNL_COPY_PACKET};
-    struct nlmsghdr *message = put_header(buffer, NFQNL_MSG_CONFIG, NLM_F_ACK, queue);
+    struct nlmsghdr *message = put_header(buffer, CONFIG, NLM_F_ACK, queue);
 
     mnl_attr_put(message, NFQA_CFG_CMD, sizeof(command), &command);
     mnl_attr_put(message, NFQA_CFG_PARAMS, sizeof(params), &params);
     mnl_attr_put_u32(message, NFQA_CFG_QUEUE_MAXLEN, htonl(max_len));
     mnl_attr_put_u32(message, NFQA_CFG_MASK, htonl(flags));
     mnl_attr_put_u32(message, NFQA_CFG_FLAGS, htonl(flags));
-    if (mnl_socket_sendto(netlink, message, message->nlmsg_len) < 0)
-        fail("bind: send");
-
-    ssize_t length = mnl_socket_recvfrom(netlink, buffer, sizeof(buffer));
-    if (length < 0 || mnl_cb_run(buffer, length, 0, mnl_socket_get_portid(netlink), NULL, NULL) < 0)
-        fail("bind");
-}
-
-static int open_queue(uint16_t queue, uint32_t max_len, int receive_buffer, uint32_t flags)
-{
-    struct mnl_socket *netlink = mnl_socket_open(NETLINK_NETFILTER);
-
-    if (!netlink || mnl_socket_bind(netlink, 0, MNL_SOCKET_AUTOPID) < 0)
-        fail("netlink socket");
-
-    int fd = mnl_socket_get_fd(netlink);
-    /* Only root of the machine may go over net.core.rmem_max. */
-    if (setsockopt(fd, SOL_SOCKET, SO_RCVBUFFORCE, &receive_buffer, sizeof(receive_buffer)) < 0 &&
-        setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &receive_buffer, sizeof(receive_buffer)) < 0)
-        fail("receive buffer");
-    bind_queue(netlink, queue, max_len, flags);
-    return fd;
+    request(netlink, message);
+    return mnl_socket_get_fd(netlink);
 }
 
 static const struct nlattr *attribute_of(const struct nlmsghdr *packet, uint16_t type)
@@ -126,13 +65,12 @@ static const struct nlattr *attribute_of(const struct nlmsghdr *packet, uint16_t
     mnl_attr_for_each(attribute, packet, sizeof(struct nfgenmsg))
         if (mnl_attr_get_type(attribute) == type)
             return attribute;
-    errno = EBADMSG;
-    fail("packet without an id or a payload");
+    errx(EXIT_FAILURE, "packet without an id or a payload");
 }
 
 static void *put_verdict(const struct loop *loop, void *at, const struct nlmsghdr *packet)
 {
-    struct nlmsghdr *message = put_header(at, NFQNL_MSG_VERDICT, 0, loop->queue);
+    struct nlmsghdr *message = put_header(at, VERDICT, 0, loop->queue);
     const struct nfqnl_msg_packet_hdr *header =
         mnl_attr_get_payload(attribute_of(packet, NFQA_PACKET_HDR));
     /* The id is big endian here and there. */
@@ -157,26 +95,18 @@ static void run(struct loop *loop, int flags)
     static char verdicts[BATCH * (VERDICT_SIZE + SLOT)];
 
     for (;;) {
-        int count = recvmmsg(loop->fd, loop->headers, BATCH, MSG_WAITFORONE | flags, NULL);
+        int count = recvmmsg(loop->fd, loop->slots.headers, BATCH, MSG_WAITFORONE | flags, NULL);
         if (count < 0) {
             if (errno == EAGAIN)
                 return;
-            fail("recvmmsg");
+            err(EXIT_FAILURE, "recvmmsg");
         }
         char *end = verdicts;
         for (int i = 0; i < count; i++)
             end = put_verdict(loop, end, (struct nlmsghdr *)slab[i]);
         if (send(loop->fd, verdicts, end - verdicts, 0) < 0)
-            fail("send");
+            err(EXIT_FAILURE, "send");
     }
-}
-
-static double now(void)
-{
-    struct timespec time;
-
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return time.tv_sec + time.tv_nsec / 1e9;
 }
 
 int main(int argc, char **argv)
@@ -196,10 +126,7 @@ int main(int argc, char **argv)
     if (argc == 7)
         choice(argv[6], (const char *[]){"gso", NULL});
 
-    for (int i = 0; i < BATCH; i++) {
-        loop.slots[i] = (struct iovec){.iov_base = slab[i], .iov_len = SLOT};
-        loop.headers[i].msg_hdr = (struct msghdr){.msg_iov = &loop.slots[i], .msg_iovlen = 1};
-    }
+    point_slots(&loop.slots, slab[0], SLOT);
     loop.fd = open_queue(loop.queue, number(argv[4], UINT32_MAX), number(argv[5], INT32_MAX),
                          argc == 7 ? NFQA_CFG_F_GSO : 0);
 

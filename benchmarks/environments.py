@@ -92,13 +92,13 @@ def python_for_nflogr() -> str:
 
 def c_program(name: str) -> Path:
     """A C program of this directory, compiled."""
-    source = HERE / f"{name}.c"
+    source, header = HERE / f"{name}.c", HERE / "loop.h"
     compiler = os.environ.get("CC", "cc")
 
     def build(path: Path) -> None:
         run([compiler, "-O2", "-o", path, source, "-lmnl"])
 
-    return built(name, [compiler.encode(), source.read_bytes()], build)
+    return built(name, [compiler.encode(), source.read_bytes(), header.read_bytes()], build)
 
 
 def source_files(path: Path) -> Iterator[Path]:

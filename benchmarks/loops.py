@@ -14,7 +14,7 @@ from pathlib import Path
 import drain
 import idle
 import latency
-from arena import PACKET_SIZE, ContestError
+from arena import PACKET_SIZE, ContestError, fitting
 from contest import Contestant, Result, positive, turns
 
 PROGRAM = Path(__file__).with_name("loop_program.py")
@@ -58,13 +58,14 @@ def run(options: argparse.Namespace, contestants: Sequence[Contestant]) -> Resul
 
 
 def measure_rate(options: argparse.Namespace, kinds: list[Contestant]) -> Result:
-    packets = min(options.packets, drain.capacity(options.packets))
+    packets, notes = fitting(options.packets)
     result = Result(
         title=f"loops: {packets} UDP packets of {PACKET_SIZE} bytes, {options.rounds} rounds",
         unit="1000 packets/s",
         digits=0,
         contestants=kinds,
         references=("callback",),
+        notes=notes,
     )
     for verdict in (drain.DROP, drain.ACCEPT):
         for kind in turns(kinds, options.rounds):

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 
 import environments
-from arena import PACKET_SIZE
+from arena import PACKET_SIZE, fitting
 from contest import Contestant, Result, positive, turns
-from drain import ACCEPT, DROP, capacity, drain
+from drain import ACCEPT, DROP, drain
 
 LABELS = {"lowlevel": "lowlevel", "run_socket": "run_socket"}
 # What two runs of the same program differ by on a quiet machine.
@@ -28,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, _: Sequence[Contestant]) -> Result:
-    packets = min(options.packets, capacity(options.packets))
+    packets, notes = fitting(options.packets)
     script = str(environments.HERE / "own_loop.py")
     contestants = [
         Contestant(key, label, (*options.under, sys.executable, "-E", "-s", script, key))
@@ -40,6 +40,7 @@ def run(options: argparse.Namespace, _: Sequence[Contestant]) -> Result:
         digits=0,
         contestants=contestants,
         references=("run_socket",),
+        notes=notes,
     )
     for verdict in (DROP, ACCEPT):
         for contestant in turns(contestants, options.rounds):

@@ -11,9 +11,8 @@ import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from arena import Arena, ContestError
+from arena import Arena, ContestError, fitting
 from contest import Contestant, Result, positive, turns
-from drain import capacity
 
 SIZE = 1400  # bytes, the headers of IPv4 and UDP included
 SENT = bytes(SIZE - 28)
@@ -32,19 +31,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, contestants: Sequence[Contestant]) -> Result:
-    packets = min(options.packets, capacity(options.packets, CHARGE))
+    packets, notes = fitting(options.packets, CHARGE)
     result = Result(
         title=f"mangle: {packets} UDP packets of {SIZE} bytes, {options.rounds} rounds",
         unit="1000 packets/s",
         digits=0,
         contestants=contestants,
         references=("classic", "c"),
+        notes=notes,
     )
-    if packets < options.packets:
-        result.notes.append(
-            f"net.core.rmem_max allows receive buffers for {packets} packets, not for "
-            f"{options.packets}: root of the machine may have larger ones."
-        )
     for contestant in turns(contestants, options.rounds):
         result.add("replace", contestant, packets / mangle(contestant, packets) / 1000)
     if result.took_part("this", "classic"):
@@ -65,24 +60,8 @@ def mangle(contestant: Contestant, packets: int) -> float:
     with WithoutChecksums(
         contestant, "drain", "mangle", max_len=packets, receive_buffer=packets * CHARGE
     ) as arena:
-        for _ in range(packets):
-            arena.sender.send(SENT)
-        arena.expect(queued=packets)
-        arena.tell()
-        seconds = float(arena.hear())
-        arena.expect(queued=0)
-        arrived = arrived_replaced(arena.receiver)
+        seconds = arena.drain(SENT, packets)
+        arrived = sum(payload == WANTED for payload in arena.arrived())
         if arrived != packets:
             raise ContestError(f"{contestant.label}: {arrived} of {packets} packets replaced")
     return seconds
-
-
-def arrived_replaced(sock: socket.socket) -> int:
-    sock.setblocking(False)
-    count = 0
-    while True:
-        try:
-            payload = sock.recv(SIZE)
-        except BlockingIOError:
-            return count
-        count += payload == WANTED

@@ -17,9 +17,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 import environments
-from arena import DEADLINE, LOOPBACK, PACKET_SIZE, PAYLOAD, ContestError, Stage
+from arena import CHARGE, DEADLINE, LOOPBACK, PACKET_SIZE, PAYLOAD, ContestError, Stage, fitting
 from contest import Contestant, Result, positive, turns
-from drain import CHARGE, capacity
 
 GROUP = 1
 ITERATE, LOOK = "iterate", "look"
@@ -71,15 +70,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, _: Sequence[Contestant]) -> Result:
-    messages = min(options.messages, capacity(options.messages))
+    messages, notes = fitting(options.messages)
+    contestants = competitors(options.under, notes)
     result = Result(
         title=f"nflog: {messages} UDP packets of {PACKET_SIZE} bytes, {options.rounds} rounds",
         unit="1000 messages/s",
         digits=0,
-        contestants=[],
+        contestants=contestants,
         references=("nflogr", "c"),
+        notes=notes,
     )
-    result.contestants = contestants = competitors(options.under, result.notes)
     for measure, (job, threshold) in MEASURES.items():
         able = [each for each in contestants if job == ITERATE or each.key != "c"]
         for contestant in turns(able, options.rounds):

@@ -17,9 +17,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from arena import DEADLINE, PACKET_SIZE, PAYLOAD, ContestError, may_force_buffers
+from arena import (
+    CHARGE,
+    DEADLINE,
+    PACKET_SIZE,
+    PAYLOAD,
+    ContestError,
+    fitting,
+    may_force_buffers,
+)
 from contest import Contestant, Result, positive, turns
-from drain import CHARGE, capacity
 from netfilterqueue.testing import Node, Sandbox
 
 PROGRAM = Path(__file__).with_name("workers_program.py")
@@ -47,7 +54,8 @@ def run(options: argparse.Namespace, contestants: Sequence[Contestant]) -> Resul
         replace(this, key=key, label=label, command=(*script, kind, str(count)))
         for key, (label, kind, count) in TEAMS.items()
     ]
-    packets = min(options.packets, capacity(options.packets)) // 2 * 2
+    packets, notes = fitting(options.packets)
+    packets -= packets % 2
     result = Result(
         title=f"workers: {packets} UDP packets of {PACKET_SIZE} bytes dropped by the handler, "
         f"{options.rounds} rounds",
@@ -55,6 +63,7 @@ def run(options: argparse.Namespace, contestants: Sequence[Contestant]) -> Resul
         digits=0,
         contestants=teams,
         references=("one",),
+        notes=notes,
     )
     for work in WORK:
         for team in turns(teams, options.rounds):
