@@ -23,6 +23,12 @@ cdef enum:
     PATIENCE = 32
 
 
+# Each packet has a message of its own, equal verdicts too. One NFQNL_MSG_VERDICT_BATCH for a read
+# would be faster: with it the loop in C of benchmarks/ drops 1.14 times and accepts 1.10 times as
+# many. But it decides every packet up to an id that the kernel still has, and who else holds one is
+# not to be known here: another process may have read it from the same socket, or a child that died;
+# the program may have received it by itself. It also hides which of its packets were gone.
+
 # The number of an outbox's first send; tests begin near where sequence numbers start over.
 first_flight = 0
 
