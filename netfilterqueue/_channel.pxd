@@ -53,7 +53,9 @@ cdef class Slab:
     cdef unsigned int slots
     cdef int filled             # slots that hold a datagram
     cdef int messages           # in them, netlink's own (errors, acknowledgements) left out
-    cdef int users              # a reader, a batch, packets, memoryviews: reused only at 0
+    cdef int users              # a reader, a batch, packets: reused only at 0
+    cdef int views              # memoryviews: reused only at 0. They end on any thread, without a
+    #                             lock: to be changed by add_to()
     cdef void **lent            # objects that borrow until they are asked to take copies: no
     #                             references; NULL at the place of one that borrows no longer
     cdef int places             # of `lent`, given to such objects so far
@@ -62,8 +64,8 @@ cdef class Slab:
     cdef int put(self, bytes content) except -1
     cdef int take_stock(self, Channel channel) except -1
     cdef Cursor datagram(self, int slot) noexcept
-    cdef void **new_place(self) except NULL
-    cdef void forget_places(self) noexcept
+    cdef bint is_idle(self) noexcept
+    cdef void **lend_to(self, void *borrower) except NULL
 
 
 cdef Slab slab_of(list datagrams)

@@ -9,7 +9,9 @@ from libc.string cimport memcpy, memset
 
 from netfilterqueue._netlink cimport Cursor, next_message, send_noop
 from netfilterqueue._signals cimport Watch, begin_watch, forget_socket, watching
-from netfilterqueue._threads cimport from_now, init_condition, wait_until
+from netfilterqueue._threads cimport (
+    add_to, add_to_total, allow_to_take, from_now, init_condition, read_count, wait_until,
+)
 from netfilterqueue._uapi cimport close as close_descriptor
 from netfilterqueue._uapi cimport (
     AF_NETLINK, F_DUPFD_CLOEXEC, F_GETFL, MSG_DONTWAIT, MSG_NOSIGNAL, NETLINK_CAP_ACK,
@@ -80,11 +82,11 @@ cdef class Slab:
             self.headers[slot].msg_hdr.msg_iov = &self.vectors[slot]
             self.headers[slot].msg_hdr.msg_iovlen = 1
         if DEBUG:
-            alive_now.slabs += 1
+            add_to_total(&alive_now.slabs, 1)
 
     def __dealloc__(self):
         if DEBUG and self.headers is not NULL:
-            alive_now.slabs -= 1
+            add_to_total(&alive_now.slabs, -1)
         free(self.lent)
         free(self.memory)
         free(self.vectors)
@@ -97,7 +99,11 @@ cdef class Slab:
         raise BufferError("a slab's bytes are seen through its packets only")
 
     def __releasebuffer__(self, Py_buffer *view):
-        self.users -= 1
+        add_to(&self.views, -1)
+
+    cdef bint is_idle(self) noexcept:
+        """Whether nobody looks at its bytes, so that others may take their place."""
+        return not self.users and not read_count(&self.views)
 
     cdef int lend(self, bytes source) except -1:
         """Hold one datagram that somebody else received."""
@@ -121,6 +127,10 @@ cdef class Slab:
         cdef size_t length
         cdef int slot
         self.messages = 0
+        # Whoever borrowed its bytes has given them back, or it would not have been filled again.
+        free(self.lent)
+        self.lent = NULL
+        self.places = 0
         if channel is not None:
             channel.nudged = False
         for slot in range(self.filled):
@@ -146,20 +156,16 @@ cdef class Slab:
     # What borrows its bytes beyond a callback is noted here, so that it can be asked to take a copy
     # before they are overwritten.
 
-    cdef void **new_place(self) except NULL:
-        """A place in ``lent``, for one of the messages; the caller fills it at once."""
+    cdef void **lend_to(self, void *borrower) except NULL:
+        """Note the borrower of a message; to its place in ``lent`` it writes NULL at the end."""
         if self.lent is NULL:
             self.lent = <void **> malloc(self.messages * sizeof(void *))
-            self.places = 0
             if self.lent is NULL:
                 raise MemoryError()
+        allow_to_take(borrower)
+        self.lent[self.places] = borrower
         self.places += 1
         return &self.lent[self.places - 1]
-
-    cdef void forget_places(self) noexcept:
-        free(self.lent)
-        self.lent = NULL
-        self.places = 0
 
 
 cdef Slab slab_of(list datagrams):
@@ -190,7 +196,7 @@ cdef class Channel:
             require_netfilter(sockfd)
             self.fd = duplicate(sockfd)
         if DEBUG:
-            alive_now.descriptors += 1
+            add_to_total(&alive_now.descriptors, 1)
         self.connect_to_kernel()
 
     def __dealloc__(self):
@@ -235,7 +241,7 @@ cdef class Channel:
     cdef Slab spare_slab(self):
         cdef Slab slab
         for slab in self.slabs:
-            if not slab.users:
+            if slab.is_idle():
                 return slab
         slab = Slab(self.slots, self.slot_size)
         if len(self.slabs) < POOLED_SLABS:
@@ -534,7 +540,7 @@ cdef class Channel:
         self.slabs = []
         if fd >= 0:
             if DEBUG:
-                alive_now.descriptors -= 1
+                add_to_total(&alive_now.descriptors, -1)
             forget_socket(fd)
             # Linux has closed the descriptor whatever close() returns.
             close_descriptor(fd)

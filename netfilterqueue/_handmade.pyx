@@ -18,12 +18,14 @@ def packets_from(datagrams, *, int fd=-1, double verdict_delay=0.001, dict inter
     cdef Batch batch = new_batch(slab_of(contents), outbox, None)
     cdef Tally tally
     cdef Packet packet
+    # Also for packets whose interfaces have no names: its critical section guards them.
+    cdef dict names = {} if interfaces is None else interfaces
     cdef list packets = []
     memset(&tally, 0, sizeof(tally))
     if batch.undecided > 1:
         outbox.start_helper()
     while True:
-        packet = batch.next(interfaces, &tally)
+        packet = batch.next(names, &tally)
         if packet is None:
             return packets, dict(tally.skipped)
         packet.keep_payload()

@@ -1,4 +1,5 @@
 """``NetfilterQueue``: a queue bound, run and stopped."""
+cimport cython
 from cpython.object cimport PyTypeObject
 from libc.errno cimport ENOBUFS, ENODEV, EOPNOTSUPP
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -12,7 +13,7 @@ from netfilterqueue._nfqueue cimport (
 )
 from netfilterqueue._outbox cimport NO_DEFAULT, Outbox
 from netfilterqueue._packet cimport Packet
-from netfilterqueue._receiver cimport Limits, Pulling, Receiver, limits_of, used_up
+from netfilterqueue._receiver cimport Limits, Pulling, Receiver, limits_of
 from netfilterqueue._signals cimport end_watch
 from netfilterqueue._uapi cimport (
     NFQA_CFG_F_CONNTRACK, NFQA_CFG_F_FAIL_OPEN, NFQA_CFG_F_GSO, NFQA_CFG_F_SECCTX,
@@ -97,16 +98,21 @@ cdef class NetfilterQueue(Receiver):
         if netns is not None and descriptor >= 0:
             raise ValueError("sockfd and netns exclude each other: a socket belongs to the network "
                              "namespace that it was opened in")
-        if self.channel is not None:
-            raise RuntimeError("this queue has a socket already: call __init__ once, and first")
         if netns is None:
-            self.channel = Channel(descriptor)
+            self.take_channel(descriptor)
             return
         descriptor = open_socket(netns)
         try:
-            self.channel = Channel(descriptor)
+            self.take_channel(descriptor)
         finally:
             close(descriptor)
+
+    @cython.critical_section
+    cdef int take_channel(self, int sockfd) except -1:
+        if self.channel is not None:
+            raise RuntimeError("this queue has a socket already: call __init__ once, and first")
+        self.channel = Channel(sockfd)
+        return 0
 
     def __del__(self):
         self.close()
@@ -128,6 +134,7 @@ cdef class NetfilterQueue(Receiver):
         """The same as get_fd(), for select(), selectors and event loops."""
         return self.open_channel().fd
 
+    @cython.critical_section
     cdef Channel open_channel(self):
         self.require_open()
         if self.channel is None:
@@ -177,9 +184,8 @@ cdef class NetfilterQueue(Receiver):
         binding = check_bind(queue_num, user_callback, max_len, mode, range, sock_len, callback,
                              flags, timestamps, batch, verdict_delay, default_verdict)
         with self.transition:
-            if self.outbox is not None:
-                raise RuntimeError("A queue is already bound; use unbind() first")
-            granted = self.configure(self.open_channel(), binding)
+            with cython.critical_section(self):
+                granted = self.configure(self.open_channel(), binding)
         # Twice the size is what the kernel says of a request granted in full.
         if granted < 2 * binding.sock_len:
             try:
@@ -194,6 +200,8 @@ cdef class NetfilterQueue(Receiver):
         cdef uint32_t request[REQUEST_WORDS]
         cdef uint32_t flags = bits_of(binding.flags)
         cdef int error
+        if self.outbox is not None:
+            raise RuntimeError("A queue is already bound; use unbind() first")
         # However little is asked for now: pages that no datagram reaches take no memory, and the
         # queue can be told to copy more while a thread waits with a slab in its hands.
         channel.shape(binding.batch, COMPILED_BUFFER_SIZE)
@@ -263,8 +271,9 @@ cdef class NetfilterQueue(Receiver):
         cdef uint8_t copied = copy_mode(mode)
         cdef uint32_t length = bytes_to_copy(copied, integer("range", range, 0, MAX_UINT32))
         with self.transition:
-            self.require_bound()
-            error = self.ask(encode_mode(request, self.queue_num, copied, length))
+            with cython.critical_section(self):
+                self.require_bound()
+                error = self.ask(encode_mode(request, self.queue_num, copied, length))
             if error:
                 raise refused(f"set the copy mode of queue {self.queue_num}", error)
 
@@ -274,10 +283,11 @@ cdef class NetfilterQueue(Receiver):
         cdef uint32_t request[REQUEST_WORDS]
         cdef uint32_t length = integer("max_len", max_len, 1, MAX_UINT32)
         with self.transition:
-            self.require_bound()
-            # Before it is done: the kernel's answer can be lost.
-            self.max_len = max(self.max_len, length)
-            error = self.ask(encode_max_len(request, self.queue_num, length))
+            with cython.critical_section(self):
+                self.require_bound()
+                # Before it is done: the kernel's answer can be lost.
+                self.max_len = max(self.max_len, length)
+                error = self.ask(encode_max_len(request, self.queue_num, length))
             if error:
                 raise refused(f"set the maximum length of queue {self.queue_num}", error)
 
@@ -305,12 +315,17 @@ cdef class NetfilterQueue(Receiver):
                  "secctx": secctx}
         mask = [name for name, on in flags.items() if on is not None]
         wanted = [name for name in mask if flags[name]]
+        lacking = []
         with self.transition:
-            self.require_bound()
-            error = self.ask(encode_flags(request, self.queue_num, bits_of(mask), bits_of(wanted)))
+            with cython.critical_section(self):
+                self.require_bound()
+                error = self.ask(encode_flags(request, self.queue_num, bits_of(mask),
+                                              bits_of(wanted)))
+                if error == EOPNOTSUPP:
+                    lacking = self.which_lack(self.queue_num, wanted)
             action = f"set flags of queue {self.queue_num}"
             if error == EOPNOTSUPP:
-                raise flags_lacking(action, self.which_lack(self.queue_num, wanted))
+                raise flags_lacking(action, lacking)
             if error:
                 raise refused(action, error)
 
@@ -336,16 +351,17 @@ cdef class NetfilterQueue(Receiver):
         """
         cdef Outbox outbox
         with self.transition:
-            outbox = self.outbox
-            if outbox is None:
-                return
-            self.outbox = None
-            try:
-                outbox.close()
-            finally:
-                self.count_verdicts(outbox)
-                self.forget_batches()
-                self.release_queue()
+            with cython.critical_section(self):
+                outbox = self.outbox
+                if outbox is None:
+                    return
+                self.outbox = None
+                try:
+                    outbox.close()
+                finally:
+                    self.count_verdicts(outbox)
+                    self.forget_batches()
+                    self.release_queue()
 
     cdef int release_queue(self) except -1:
         cdef uint32_t request[REQUEST_WORDS]
@@ -365,22 +381,27 @@ cdef class NetfilterQueue(Receiver):
     def close(self):
         """Unbind, and close the socket. Idempotent. In a forked child it closes the child's
         descriptor and leaves the queue bound, unless the child itself has bound it."""
-        cdef Outbox outbox
         with self.transition:
-            outbox = self.outbox
-            self.is_closed = True
-            self.callback = None
             try:
-                if outbox is not None and self.bound_by != getpid():
-                    self.outbox = None
-                    self.forget_batches()
-                    outbox.close()
-                    self.count_verdicts(outbox)
+                self.begin_to_close()
                 self.unbind()
             finally:
-                if self.channel is not None:
-                    self.channel.await_readers()
-                    self.channel.close()
+                with cython.critical_section(self):
+                    if self.channel is not None:
+                        self.channel.await_readers()
+                        self.channel.close()
+
+    @cython.critical_section
+    cdef int begin_to_close(self) except -1:
+        cdef Outbox outbox = self.outbox
+        self.is_closed = True
+        self.callback = None
+        if outbox is not None and self.bound_by != getpid():
+            self.outbox = None
+            self.forget_batches()
+            outbox.close()
+            self.count_verdicts(outbox)
+        return 0
 
     # Receiving
 
@@ -402,8 +423,8 @@ cdef class NetfilterQueue(Receiver):
         cdef Outbox outbox = self.enter(&limits)
         try:
             callback = self.require_callback()
-            while not used_up(&limits) and self.fill(outbox, &limits, None):
-                self.deliver_next(callback, &limits)
+            while self.deliver_next(callback, None, outbox, &limits):
+                pass
         finally:
             self.leave(outbox, &limits, None)
 
@@ -421,16 +442,23 @@ cdef class NetfilterQueue(Receiver):
             if not hasattr(sock, "recv"):
                 raise TypeError("run_socket() reads through a socket, or another object with "
                                 f"recv(n); got {sock!r}")
-            while self.fill(outbox, &limits, sock):
-                self.deliver_next(callback, &limits)
+            while self.deliver_next(callback, sock, outbox, &limits):
+                pass
         finally:
             self.leave(outbox, &limits, None)
 
-    cdef int deliver_next(self, callback, Limits *limits) except -1:
-        cdef Packet packet = self.next_packet()
+    # The callback runs outside of the critical section: it can take its time, wait for threads that
+    # decide packets, or be one of several greenlets.
+
+    cdef bint deliver_next(self, callback, sock, Outbox outbox, Limits *limits) except -1:
+        """Await a packet and call the callback with it. False: there will be none."""
+        cdef Packet packet
+        if sock is None:
+            packet = self.await_packet(outbox, limits)
+        else:
+            packet = self.await_through(sock, outbox, limits)
         if packet is None:
-            return 0
-        limits.wanted -= 1
+            return False
         try:
             answer = callback(packet)
             # Other values have no meaning: classic callbacks return what they like.
@@ -439,8 +467,10 @@ cdef class NetfilterQueue(Receiver):
         except BaseException:
             packet.keep_payload()
             raise
-        return packet.end_borrowing()
+        packet.end_borrowing()
+        return True
 
+    @cython.critical_section
     cdef int obey(self, Packet packet, answer) except -1:
         """Give the verdict that the callback returned, if it has not given one itself."""
         cdef uint32_t verdict = answer
@@ -465,11 +495,12 @@ cdef class NetfilterQueue(Receiver):
         cdef list packets = []
         cdef Packet packet
         try:
-            self.require_no_callback()
-            while not packets and self.fill(outbox, &limits, None):
-                while limits.wanted and (packet := self.pull()) is not None:
-                    packets.append(packet)
-                    limits.wanted -= 1
+            with cython.critical_section(self):
+                self.require_no_callback()
+                while not packets and self.fill(outbox, &limits):
+                    while limits.wanted and (packet := self.pull()) is not None:
+                        packets.append(packet)
+                        limits.wanted -= 1
         finally:
             self.leave_with(packets, outbox, &limits)
         return packets
@@ -481,12 +512,10 @@ cdef class NetfilterQueue(Receiver):
         cdef Packet packet
         try:
             self.require_no_callback()
-            while self.fill(outbox, &limits, None):
-                packet = self.pull()
-                if packet is not None:
-                    # Nobody knows which thread comes back, nor when.
-                    end_watch(&limits.watch)
-                    yield packet
+            while (packet := self.await_pulled(outbox, &limits)) is not None:
+                # Nobody knows which thread comes back, nor when.
+                end_watch(&limits.watch)
+                yield packet
         finally:
             self.leave(outbox, &limits, None)
 
@@ -499,6 +528,7 @@ cdef class NetfilterQueue(Receiver):
         """Pull one packet after the other, on asyncio and on trio, until stop() or unbind()."""
         return aio.Packets(self.pulling())
 
+    @cython.critical_section
     cdef Pulling pulling(self):
         self.require_bound()
         self.require_no_callback()
@@ -506,6 +536,7 @@ cdef class NetfilterQueue(Receiver):
 
     # Stopping
 
+    @cython.critical_section
     def stop(self):
         """End the loops under way, of whatever kind, after the packet at hand; what was read with
         it comes with the next. If none ends by it, as none is under way, the next one does.
@@ -518,6 +549,7 @@ cdef class NetfilterQueue(Receiver):
 
     # Statistics
 
+    @cython.critical_section
     def stats(self):
         """What was counted since this object was made, as ``netfilterqueue.stats.QueueStats``."""
         cdef uint64_t malformed = self.tally.skipped.malformed
@@ -572,8 +604,9 @@ cdef class NetfilterQueue(Receiver):
 
     cdef object require_callback(self):
         """The callback of run(), or handle() of a subclass; RuntimeError where there is neither."""
-        if self.callback is not None:
-            return self.callback
+        with cython.critical_section(self):
+            if self.callback is not None:
+                return self.callback
         if not self.has_callback():
             raise RuntimeError("the queue was bound without a callback: pass one to bind(), "
                                "override handle(), or pull packets by read() or iteration")

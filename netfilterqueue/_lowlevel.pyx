@@ -41,6 +41,8 @@ cdef uint32_t QUEUE = Verdict.QUEUE
 cdef uint32_t STOLEN = Verdict.STOLEN
 cdef uint32_t STOP = Verdict.STOP
 
+cdef uint8_t COPY_PACKET = constants.COPY_PACKET
+
 cdef enum:
     # The kernel's own length of a queue.
     MAX_LEN = 1024
@@ -129,6 +131,7 @@ cdef class NetfilterQueueHandle(Receiver):
             raise refused(f"{verb} address family {number}", error)
         return 0
 
+    @cython.critical_section
     def create_queue(self, number, callback):
         """Bind the queue ``number`` (0 to 65535) and return its NetfilterQueueQueueHandle.
 
@@ -151,8 +154,8 @@ cdef class NetfilterQueueHandle(Receiver):
         # First of all: another thread may receive its packets before this one has the answer.
         self.queues[queue.number] = queue
         try:
-            error = self.ask(encode_bind(request, queue.number, constants.COPY_PACKET, MAX_PAYLOAD,
-                                         MAX_LEN, 0))
+            error = self.ask(encode_bind(request, queue.number, COPY_PACKET, MAX_PAYLOAD, MAX_LEN,
+                                         0))
             if error == ENOBUFS:
                 raise bind_unanswered(queue.number)
             if error:
@@ -165,6 +168,7 @@ cdef class NetfilterQueueHandle(Receiver):
             raise
         return new_queue_handle(self, queue)
 
+    @cython.critical_section
     cdef int ask(self, nlmsghdr *message) except -1:
         """Send a request and return the kernel's errno, ENOBUFS where its answer was lost."""
         cdef int error
@@ -181,6 +185,7 @@ cdef class NetfilterQueueHandle(Receiver):
             self.channel.nudge()
         return 0
 
+    @cython.critical_section
     cdef int destroy(self, Registration queue) except -1:
         cdef uint32_t request[REQUEST_WORDS]
         cdef NetfilterQueueData data
@@ -226,20 +231,23 @@ cdef class NetfilterQueueHandle(Receiver):
         packet of a queue of this handle, is skipped.
         """
         cdef bytes datagram = data if PyBytes_CheckExact(data) else bytes(memoryview(data))
-        cdef Packet packet
-        self.require_open()
-        if self.channel.waiters:
-            self.return_from_recv()
+        cdef NetfilterQueueData delivered
+        with cython.critical_section(self):
+            self.require_open()
+            if self.channel.waiters:
+                self.return_from_recv()
         try:
-            self.take(self.borrow(datagram), self.outbox)
-            self.outbox.raise_late_error()
-            while (packet := self.next_kept()) is not None:
-                self.deliver(packet)
+            with cython.critical_section(self):
+                self.take(self.borrow(datagram), self.outbox)
+                self.outbox.raise_late_error()
+            while (delivered := self.next_to_deliver()) is not None:
+                self.deliver(delivered)
         finally:
-            if not self.is_closed:
-                self.call_back()
-                if self.reader != <unsigned long> PyThread_get_thread_ident():
-                    self.go_to_recv()
+            with cython.critical_section(self):
+                if not self.is_closed:
+                    self.call_back()
+                    if self.reader != <unsigned long> PyThread_get_thread_ident():
+                        self.go_to_recv()
 
     # A thread that has called handle_packet() is taken to wait in recv(): it can have received the
     # kernel's answer to a request of another thread, which waits until it has handled that.
@@ -260,29 +268,45 @@ cdef class NetfilterQueueHandle(Receiver):
         """The next of the packets that came, in their order, or None."""
         return self.kept.pop(0) if self.kept else self.next_packet()
 
-    cdef int deliver(self, Packet packet) except -1:
-        cdef Registration queue = self.queues.get(packet.fields.queue_num)
+    @cython.critical_section
+    cdef NetfilterQueueData next_to_deliver(self):
+        """The next packet that came and has a queue here, or None."""
+        cdef Packet packet
+        cdef Registration queue
         cdef NetfilterQueueData data
-        if queue is None:
+        while (packet := self.next_kept()) is not None:
+            queue = self.queues.get(packet.fields.queue_num)
+            if queue is not None:
+                data = NetfilterQueueData.__new__(NetfilterQueueData)
+                data.packet = packet
+                data.queue = queue
+                self.delivering.append(data)
+                return data
             self.tally.skipped.foreign += 1
-            return 0
-        data = NetfilterQueueData.__new__(NetfilterQueueData)
-        data.packet = packet
-        data.queue = queue
-        self.delivering.append(data)
+        return None
+
+    cdef int deliver(self, NetfilterQueueData data) except -1:
         try:
-            queue.callback(data)
+            # Outside of the critical section, as a callback may take its time.
+            data.queue.callback(data)
         finally:
-            self.delivering.remove(data)
-            try:
-                data.execute()
-            finally:
-                data.packet = None
-                packet.end_borrowing()
+            with cython.critical_section(self):
+                self.end_delivery(data)
+        return 0
+
+    cdef int end_delivery(self, NetfilterQueueData data) except -1:
+        cdef Packet packet = data.packet
+        self.delivering.remove(data)
+        try:
+            data.execute()
+        finally:
+            data.end()
+            packet.end_borrowing()
         return 0
 
     # The socket
 
+    @cython.critical_section
     def fd(self):
         """The descriptor of the socket, for socket.fromfd(), event loops and the like."""
         self.require_open()
@@ -291,8 +315,11 @@ cdef class NetfilterQueueHandle(Receiver):
     def close(self):
         """Destroy the queues and close the socket. Idempotent. In a forked child it closes the
         child's descriptor and leaves the parent's queues bound."""
-        if self.is_closed:
-            return
+        with cython.critical_section(self):
+            if not self.is_closed:
+                self.shut()
+
+    cdef int shut(self) except -1:
         try:
             with contextlib.ExitStack() as stack:
                 for queue in list(self.queues.values()):
@@ -303,6 +330,7 @@ cdef class NetfilterQueueHandle(Receiver):
             if self.channel is not None:
                 self.outbox.close()
                 self.channel.close()
+        return 0
 
     cdef int begin_in_child(self) except -1:
         # What the parent has received, the parent delivers.
@@ -393,6 +421,7 @@ cdef class NetfilterQueueQueueHandle:
 @cython.freelist(8)
 cdef class NetfilterQueueData:
     """A packet, for as long as its callback runs: afterwards all methods raise RuntimeError."""
+    # Guarded by its own critical section, in which nothing else is entered.
     cdef Packet packet          # None once the callback has returned
     cdef Registration queue
     cdef uint32_t verdict       # to be executed
@@ -401,6 +430,7 @@ cdef class NetfilterQueueData:
     def __init__(self, *args, **kwargs):
         raise TypeError("packet data comes from a handle's handle_packet()")
 
+    @cython.critical_section
     cdef Packet current(self):
         if self.packet is None:
             raise RuntimeError("this packet's callback has returned: take what is needed later, "
@@ -468,18 +498,30 @@ cdef class NetfilterQueueData:
         cdef uint32_t number = checked_verdict(verdict)
         if self.queue.destroyed:
             raise RuntimeError("Parent queue has already been unbound")
-        if mark is None:
-            packet.has_new_mark = False
-        else:
+        if mark is not None:
             packet.set_mark(mark)
-        self.verdict = number
-        self.has_verdict = True
+        else:
+            with cython.critical_section(packet.owner):
+                packet.has_new_mark = False
+        with cython.critical_section(self):
+            self.verdict = number
+            self.has_verdict = True
 
     cdef int execute(self) except -1:
         """Send the verdict that was set, once."""
-        if self.has_verdict:
+        cdef Packet packet
+        cdef uint32_t verdict
+        with cython.critical_section(self):
+            packet = self.packet if self.has_verdict else None
+            verdict = self.verdict
             self.has_verdict = False
-            self.packet.decide(self.verdict)
+        if packet is not None:
+            packet.decide(verdict)
+        return 0
+
+    @cython.critical_section
+    cdef int end(self) except -1:
+        self.packet = None
         return 0
 
 

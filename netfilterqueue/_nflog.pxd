@@ -10,7 +10,9 @@ from netfilterqueue._uapi cimport nlmsghdr
 
 cdef class Nflog:
     cdef object __weakref__
-    cdef Channel channel
+    cdef Channel channel            # its critical section guards what is below: messages know the
+    #                               channel, not their handle, which would be a cycle. Who calls the
+    #                               methods is in it
     cdef int group
     cdef pid_t opened_by            # a forked child must not unbind its parent's group
     cdef bint closed                # or not opened yet
@@ -34,11 +36,13 @@ cdef class Nflog:
     cdef bint stopping
 
     cdef int configure(self, options) except -1
+    cdef int release_group(self) except -1
     cdef int take_arrived(self) except -1
     cdef int enter(self) except -1
     cdef int leave(self) except -1
     cdef int show_readable(self) except -1
     cdef int read(self, bint wait) except -1
+    cdef NflogData await_message(self, bint wait)
     cdef bint fill(self, bint wait) except -1
     cdef int take(self, Slab slab) except -1
     cdef NflogData next_read(self)

@@ -5,13 +5,14 @@ from cpython.pyport cimport PY_SSIZE_T_MAX
 from libc.errno cimport EBUSY
 from libc.stdint cimport uint32_t, uint64_t
 
-from netfilterqueue._channel cimport UNANSWERED, Channel, Slab, slab_of
+from netfilterqueue._channel cimport UNANSWERED, Channel, Slab, duplicate, slab_of
 from netfilterqueue._netlink cimport Cursor, next_message, read_be32
 from netfilterqueue._nflogdata cimport NflogData, lend, settle
 from netfilterqueue._nflogformat cimport (
     ATTRIBUTE_ROOM, REQUEST_WORDS, GroupOptions, encode_bind, encode_unbind, find, is_log, sized,
 )
 from netfilterqueue._signals cimport Watch, end_watch
+from netfilterqueue._threads cimport is_only_reference
 from netfilterqueue._uapi cimport (
     NFULA_SEQ, NFULNL_CFG_F_CONNTRACK, NFULNL_CFG_F_SEQ, NFULNL_CFG_F_SEQ_GLOBAL, NLMSG_MIN_TYPE,
     getpid, nlmsghdr,
@@ -24,10 +25,6 @@ from netfilterqueue import aio
 from netfilterqueue._advice import open_refused, open_unanswered
 from netfilterqueue._arguments import MAX_RECEIVE_BUFFER, integer
 from netfilterqueue.constants import COPY_PACKET
-
-cdef extern from "Python.h":
-    # Cython's own declaration takes an object: Cython would hold another reference to it.
-    Py_ssize_t references_to "Py_REFCNT"(void *object)
 
 
 FLAG_SEQ = NFULNL_CFG_F_SEQ
@@ -161,26 +158,29 @@ cdef class Nflog:
         Messages that have been read can still be handed out; loops end after them. In a forked
         child it closes the child's descriptor and leaves the group to the parent.
         """
+        with cython.critical_section(self.channel):
+            if self.closed:
+                return
+            self.closed = True
+            try:
+                # The kernel does so by itself with the socket's last descriptor, which a forked
+                # child may have; in a child, the group is the parent's.
+                if self.opened_by == getpid():
+                    self.release_group()
+                self.channel.await_readers()
+            finally:
+                self.channel.close()
+
+    cdef int release_group(self) except -1:
         cdef uint32_t request[REQUEST_WORDS]
-        cdef nlmsghdr *message
-        if self.closed:
-            return
-        self.closed = True
-        try:
-            # The kernel does so by itself with the socket's last descriptor, which a forked child
-            # may have; in a child, the group is the parent's.
-            if self.opened_by == getpid():
-                message = encode_unbind(request, self.group)
-                if self.channel.readers > 0:
-                    # The answer wakes the reader: waiting for it here would be waiting for the
-                    # other.
-                    self.channel.transmit(message)
-                else:
-                    self.channel.request(message)
-                    self.take_arrived()
-            self.channel.await_readers()
-        finally:
-            self.channel.close()
+        cdef nlmsghdr *message = encode_unbind(request, self.group)
+        if self.channel.readers > 0:
+            # The answer wakes the reader: waiting for it here would be waiting for the other.
+            self.channel.transmit(message)
+        else:
+            self.channel.request(message)
+            self.take_arrived()
+        return 0
 
     cdef int take_arrived(self) except -1:
         cdef list arrived = self.channel.arrived
@@ -211,12 +211,16 @@ cdef class Nflog:
         """The size of the receive buffer in bytes; None once the handle is closed. It can be set,
         within the limits that open() tells."""
         # Linux doubles what it is asked for (socket(7)).
-        return None if self.closed else self.channel.receive_buffer() // 2
+        with cython.critical_section(self.channel):
+            return None if self.closed else self.channel.receive_buffer() // 2
 
     @rcvbuf.setter
     def rcvbuf(self, size):
+        cdef int wanted
         self.fileno()
-        self.channel.size_receive_buffer(integer("rcvbuf", size, 1, MAX_RECEIVE_BUFFER))
+        wanted = integer("rcvbuf", size, 1, MAX_RECEIVE_BUFFER)
+        with cython.critical_section(self.channel):
+            self.channel.size_receive_buffer(wanted)
 
     @property
     def drops(self):
@@ -244,39 +248,40 @@ cdef class Nflog:
 
         Raises NflogDroppedError (ENOBUFS_RAISE) and OSError if reading fails.
         """
-        cdef uint64_t before = self.queued
-        if not wait:
-            self.read(False)
-            return self.queued - before
-        self.enter()
-        try:
-            while self.queued == before and not self.stopping and self.read(True):
-                pass
-            return self.queued - before
-        finally:
-            self.leave()
+        cdef uint64_t before
+        with cython.critical_section(self.channel):
+            before = self.queued
+            if not wait:
+                self.read(False)
+                return self.queued - before
+            self.enter()
+            try:
+                while self.queued == before and not self.stopping and self.read(True):
+                    pass
+                return self.queued - before
+            finally:
+                self.leave()
 
     def next(self, wait=True):
         """The next message. None if there is none: with ``wait``, only after stop().
 
         Raises as queue() does, and NflogClosedError where waiting is in vain.
         """
-        cdef NflogData data = None
-        if not wait:
-            while data is None and self.fill(False):
-                data = self.next_read()
-            self.show_readable()
+        cdef NflogData data
+        with cython.critical_section(self.channel):
+            if not wait:
+                data = self.await_message(False)
+                self.show_readable()
+                return data
+            self.enter()
+            try:
+                data = self.await_message(True)
+            finally:
+                self.leave()
+                self.show_readable()
+            if data is None and self.closed:
+                raise NflogClosedError("this handle is closed: open the group again")
             return data
-        self.enter()
-        try:
-            while data is None and self.fill(True):
-                data = self.next_read()
-        finally:
-            self.leave()
-            self.show_readable()
-        if data is None and self.closed:
-            raise NflogClosedError("this handle is closed: open the group again")
-        return data
 
     def loop(self, fn, count=-1):
         """Call ``fn`` with each message: ``count`` of them, or, if it is -1, until stop() or
@@ -289,16 +294,21 @@ cdef class Nflog:
         cdef Py_ssize_t wanted = integer("count", count, -1, PY_SSIZE_T_MAX)
         if not callable(fn):
             raise TypeError(f"fn must be callable with one argument, the message; got {fn!r}")
-        self.enter()
+        with cython.critical_section(self.channel):
+            self.enter()
         try:
-            while wanted and self.fill(True):
-                data = self.next_read()
-                if data is not None:
-                    wanted -= wanted > 0
-                    fn(data)
+            while wanted:
+                with cython.critical_section(self.channel):
+                    data = self.await_message(True)
+                if data is None:
+                    break
+                wanted -= wanted > 0
+                # Outside of the critical section, as it may take its time.
+                fn(data)
         finally:
-            self.leave()
-            self.show_readable()
+            with cython.critical_section(self.channel):
+                self.leave()
+                self.show_readable()
 
     def __iter__(self):
         """Each message, until stop() or close(). Raises as queue() does."""
@@ -311,9 +321,10 @@ cdef class Nflog:
     def stop(self):
         """End what waits for messages, and loops, after the message at hand. If nothing is under
         way, the next one ends at once. Can be called from any thread and from signal handlers."""
-        self.stopping = True
-        if self.channel.readers > 0:
-            self.channel.wake()
+        with cython.critical_section(self.channel):
+            self.stopping = True
+            if self.channel.readers > 0:
+                self.channel.wake()
 
     cdef int enter(self) except -1:
         self.runners += 1
@@ -335,6 +346,13 @@ cdef class Nflog:
         if self.queued and not self.closed:
             self.channel.nudge()
         return 0
+
+    cdef NflogData await_message(self, bint wait):
+        """The next message that has been read or can be, or None."""
+        cdef NflogData data = None
+        while data is None and self.fill(wait):
+            data = self.next_read()
+        return data
 
     cdef bint fill(self, bint wait) except -1:
         """Read until there are messages to hand out. False: there will be none."""
@@ -402,12 +420,12 @@ cdef class Nflog:
             self.note_seq(message, length)
         # A loop still names one message while it asks for the next: what it had before that one
         # is, mostly, nobody's, and serves again, as zip() does it with its tuples.
-        if self.older is not None and references_to(<void *> self.older) == 1:
+        if self.older is not None and is_only_reference(<void *> self.older):
             data = self.older
             data.message = message
             data.length = length
         else:
-            data = lend(self.slab, message, length)
+            data = lend(self.channel, self.slab, message, length)
         self.older = self.newer
         self.newer = data
         return data
@@ -417,8 +435,6 @@ cdef class Nflog:
         if not self.waiting:
             return False
         slab = self.waiting[0]
-        # Where it was lent before, all have returned it, or it would not have been filled again.
-        settle(slab)
         if slab in self.lent:
             self.lent.remove(slab)
         # Programs still name the latest message while they wait for the next: only those that
@@ -499,23 +515,29 @@ cdef class Messages:
 
     def __cinit__(self, Nflog nflog not None):
         self.nflog = nflog
-        nflog.enter()
+        with cython.critical_section(nflog.channel):
+            nflog.enter()
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        cdef NflogData data
-        while not self.closed and self.nflog.fill(True):
-            data = self.nflog.next_read()
-            if data is not None:
-                return data
-        self.close()
-        raise StopIteration
+        cdef NflogData data = None
+        with cython.critical_section(self.nflog.channel):
+            if not self.closed:
+                data = self.nflog.await_message(True)
+        if data is None:
+            self.close()
+            raise StopIteration
+        return data
 
     @property
     def ended(self):
         """No message will come any more: stop() or close() was called."""
+        with cython.critical_section(self.nflog.channel):
+            return self.has_ended()
+
+    cdef bint has_ended(self) noexcept:
         return (self.closed or self.nflog.stopping
                 or (self.nflog.closed and not self.nflog.queued))
 
@@ -525,37 +547,41 @@ cdef class Messages:
         One for each who waits, as event loops ask for; and it hears of the end although the handle
         has closed its own.
         """
-        if self.ended:
-            return -1
-        descriptor = os.dup(self.nflog.channel.fd)
-        # stop() and close() wake who waits in an event loop, too.
-        self.nflog.channel.readers += 1
-        return descriptor
+        with cython.critical_section(self.nflog.channel):
+            if self.has_ended():
+                return -1
+            descriptor = duplicate(self.nflog.channel.fd)
+            # stop() and close() wake who waits in an event loop, too.
+            self.nflog.channel.readers += 1
+            return descriptor
 
     def end_waiting(self, int descriptor):
-        # In a forked child, those who wait are the parent's.
-        self.nflog.channel.readers -= self.nflog.channel.readers > 0
+        with cython.critical_section(self.nflog.channel):
+            # In a forked child, those who wait are the parent's.
+            self.nflog.channel.readers -= self.nflog.channel.readers > 0
         os.close(descriptor)
 
     def take(self):
         """The next message of those that have been read, or None."""
-        return None if self.ended else self.nflog.next_read()
+        with cython.critical_section(self.nflog.channel):
+            return None if self.has_ended() else self.nflog.next_read()
 
     def read(self):
         """The next message of those that have been read or can be, or None."""
-        cdef NflogData data = None
-        while data is None and self.nflog.fill(False):
-            data = self.nflog.next_read()
-        if self.nflog.channel.readers > 0:
-            # Other tasks wait for the socket, and the rest is no longer in it.
-            self.nflog.show_readable()
-        return data
+        cdef NflogData data
+        with cython.critical_section(self.nflog.channel):
+            data = self.nflog.await_message(False)
+            if self.nflog.channel.readers > 0:
+                # Other tasks wait for the socket, and the rest is no longer in it.
+                self.nflog.show_readable()
+            return data
 
     def close(self):
-        if not self.closed:
-            self.closed = True
-            self.nflog.leave()
-            self.nflog.show_readable()
+        with cython.critical_section(self.nflog.channel):
+            if not self.closed:
+                self.closed = True
+                self.nflog.leave()
+                self.nflog.show_readable()
 
     def __del__(self):
         self.close()

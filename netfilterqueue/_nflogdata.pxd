@@ -1,14 +1,15 @@
 """A logged packet."""
-from netfilterqueue._channel cimport Slab
+from netfilterqueue._channel cimport Channel, Slab
 from netfilterqueue._uapi cimport nlmsghdr
 
 
 cdef class NflogData:
+    cdef Channel channel            # that it came by: its critical section guards what is below
     cdef const nlmsghdr *message    # NULL: made by nobody who may
     cdef size_t length              # of the message, bytes
     cdef Slab slab                  # that it is in; None once it is a copy of our own
     cdef void **place               # in slab.lent; each of them counts among slab.users
 
 
-cdef NflogData lend(Slab slab, const nlmsghdr *message, size_t length)
+cdef NflogData lend(Channel channel, Slab slab, const nlmsghdr *message, size_t length)
 cdef int settle(Slab slab) except -1

@@ -1,13 +1,14 @@
 """``NflogData``: a logged packet, and how it borrows its bytes from the read it came with."""
 cimport cython
 from cpython.object cimport PyTypeObject
-from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint16_t, uint32_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
-from netfilterqueue._channel cimport DEBUG, Slab, alive_now
+from netfilterqueue._channel cimport DEBUG, Channel, Slab, alive_now
 from netfilterqueue._netlink cimport length_of, nested_in, read_be16, read_be32, read_be64, value_of
 from netfilterqueue._nflogformat cimport find, find_in, sized
+from netfilterqueue._threads cimport add_to_total, give_back, try_to_take
 from netfilterqueue._uapi cimport (
     IF_NAMESIZE, NFULA_CT, NFULA_CT_INFO, NFULA_GID, NFULA_HWADDR, NFULA_HWHEADER, NFULA_HWTYPE,
     NFULA_IFINDEX_INDEV, NFULA_IFINDEX_OUTDEV, NFULA_IFINDEX_PHYSINDEV, NFULA_IFINDEX_PHYSOUTDEV,
@@ -27,7 +28,7 @@ ATTRIBUTES = (
 )
 
 
-# It takes part in no cycle: what it refers to, a slab, refers to nothing.
+# It takes part in no cycle: what it refers to, a slab and a channel, does not refer to it.
 @cython.final
 @cython.no_gc
 @cython.freelist(256)
@@ -42,13 +43,16 @@ cdef class NflogData:
         raise TypeError("log messages come from an Nflog handle and cannot be constructed")
 
     def __dealloc__(self):
-        if DEBUG and self.message is not NULL:
-            alive_now.packets -= 1
-        if self.slab is not None:
-            self.slab.users -= 1
-            self.place[0] = NULL
-        else:
-            free(<void *> self.message)
+        if self.message is NULL:
+            return
+        if DEBUG:
+            add_to_total(&alive_now.packets, -1)
+        with cython.critical_section(self.channel):
+            if self.slab is not None:
+                self.place[0] = NULL
+                self.slab.users -= 1
+            else:
+                free(<void *> self.message)
 
     def __iter__(self):
         return iter([(name, getattr(self, name)) for name in ATTRIBUTES])
@@ -59,24 +63,25 @@ cdef class NflogData:
     @property
     def proto(self):
         """The protocol of the layer below: 0x0800 for IPv4, 0x86DD for IPv6 (NFULA_PACKET_HDR)."""
-        cdef const char *value = value_in(self, NFULA_PACKET_HDR, sizeof(nfulnl_msg_packet_hdr))
-        if value is NULL:
+        cdef nfulnl_msg_packet_hdr header
+        if not copy_of(self, NFULA_PACKET_HDR, &header, sizeof(header)):
             return None
-        return read_be16(&(<const nfulnl_msg_packet_hdr *> value).hw_protocol)
+        return read_be16(&header.hw_protocol)
 
     @property
     def hook(self):
         """The netfilter hook that logged it, a value of ``netfilterqueue.Hook``
         (NFULA_PACKET_HDR)."""
-        cdef const char *value = value_in(self, NFULA_PACKET_HDR, sizeof(nfulnl_msg_packet_hdr))
-        if value is NULL:
+        cdef nfulnl_msg_packet_hdr header
+        if not copy_of(self, NFULA_PACKET_HDR, &header, sizeof(header)):
             return None
-        return (<const nfulnl_msg_packet_hdr *> value).hook
+        return header.hook
 
     @property
     def hwtype(self):
         """The kind of interface, a number of <linux/if_arp.h>: 1 for Ethernet (NFULA_HWTYPE)."""
-        return u16_of(find(self.message, self.length, NFULA_HWTYPE))
+        cdef uint16_t value
+        return read_be16(&value) if copy_of(self, NFULA_HWTYPE, &value, sizeof(value)) else None
 
     @property
     def nfmark(self):
@@ -93,11 +98,10 @@ cdef class NflogData:
     @property
     def timestamp_us(self):
         """The same in microseconds, an int."""
-        cdef const char *value = value_in(self, NFULA_TIMESTAMP,
-                                          sizeof(nfulnl_msg_packet_timestamp))
-        if value is NULL:
+        cdef nfulnl_msg_packet_timestamp stamp
+        if not copy_of(self, NFULA_TIMESTAMP, &stamp, sizeof(stamp)):
             return None
-        return <object> read_be64(value) * 1000000 + read_be64(value + sizeof(uint64_t))
+        return <object> read_be64(&stamp.sec) * 1000000 + read_be64(&stamp.usec)
 
     @property
     def indev(self):
@@ -135,10 +139,9 @@ cdef class NflogData:
     @property
     def hwaddr(self):
         """The source's hardware address as bytes, six on Ethernet (NFULA_HWADDR)."""
-        cdef const nfulnl_msg_packet_hw *hw = <const nfulnl_msg_packet_hw *> value_in(
-            self, NFULA_HWADDR, sizeof(nfulnl_msg_packet_hw))
+        cdef nfulnl_msg_packet_hw hw
         cdef uint16_t length
-        if hw is NULL:
+        if not copy_of(self, NFULA_HWADDR, &hw, sizeof(hw)):
             return None
         length = read_be16(&hw.hw_addrlen)
         if length > sizeof(hw.hw_addr):
@@ -178,11 +181,13 @@ cdef class NflogData:
     def vlan(self):
         """The VLAN tag of a bridged packet, a ``netfilterqueue.vlan.Vlan``; None where there is
         none (NFULA_VLAN)."""
-        cdef const nlattr *nested = find(self.message, self.length, NFULA_VLAN)
-        if nested is NULL:
-            return None
-        proto = u16_of(find_in(nested_in(nested), NFULA_VLAN_PROTO))
-        tci = u16_of(find_in(nested_in(nested), NFULA_VLAN_TCI))
+        cdef const nlattr *nested
+        with cython.critical_section(self.channel):
+            nested = find(self.message, self.length, NFULA_VLAN)
+            if nested is NULL:
+                return None
+            proto = u16_of(find_in(nested_in(nested), NFULA_VLAN_PROTO))
+            tci = u16_of(find_in(nested_in(nested), NFULA_VLAN_TCI))
         return None if proto is None or tci is None else Vlan(proto, tci)
 
     @property
@@ -193,8 +198,14 @@ cdef class NflogData:
         return None if content is None else conntrack.decode(content, bytes_in(self, NFULA_CT_INFO))
 
 
-cdef const char *value_in(NflogData data, uint16_t kind, size_t size) noexcept:
-    return sized(find(data.message, data.length, kind), size)
+cdef bint copy_of(NflogData data, uint16_t kind, void *copy, size_t size) noexcept:
+    """Whether there is such an attribute, of this size: then it is copied."""
+    cdef const char *value
+    with cython.critical_section(data.channel):
+        value = sized(find(data.message, data.length, kind), size)
+        if value is not NULL:
+            memcpy(copy, value, size)
+    return value is not NULL
 
 
 cdef object u16_of(const nlattr *attribute):
@@ -203,19 +214,22 @@ cdef object u16_of(const nlattr *attribute):
 
 
 cdef object u32_in(NflogData data, uint16_t kind):
-    cdef const char *value = value_in(data, kind, sizeof(uint32_t))
-    return None if value is NULL else read_be32(value)
+    cdef uint32_t value
+    return read_be32(&value) if copy_of(data, kind, &value, sizeof(value)) else None
 
 
 cdef object bytes_in(NflogData data, uint16_t kind):
-    cdef const nlattr *attribute = find(data.message, data.length, kind)
-    return None if attribute is NULL else value_of(attribute)[:length_of(attribute)]
+    cdef const nlattr *attribute
+    with cython.critical_section(data.channel):
+        attribute = find(data.message, data.length, kind)
+        return None if attribute is NULL else value_of(attribute)[:length_of(attribute)]
 
 
 cdef object interface_in(NflogData data, uint16_t kind):
     cdef char name[IF_NAMESIZE]
-    cdef const char *value = value_in(data, kind, sizeof(uint32_t))
-    if value is NULL or if_indextoname(read_be32(value), name) is NULL:
+    cdef uint32_t value
+    if (not copy_of(data, kind, &value, sizeof(value))
+            or if_indextoname(read_be32(&value), name) is NULL):
         return None
     return text_of(name)
 
@@ -224,13 +238,13 @@ cdef object text_of(bytes text):
     return text.decode("utf-8", "surrogateescape")
 
 
-cdef NflogData lend(Slab slab, const nlmsghdr *message, size_t length):
+cdef NflogData lend(Channel channel, Slab slab, const nlmsghdr *message, size_t length):
     """The object for a message of a slab, which borrows it until settle() or its end."""
     cdef NflogData data = NflogData.__new__(NflogData)
-    data.place = slab.new_place()
-    data.place[0] = <void *> data
+    data.place = slab.lend_to(<void *> data)
     if DEBUG:
-        alive_now.packets += 1
+        add_to_total(&alive_now.packets, 1)
+    data.channel = channel
     data.message = message
     data.length = length
     data.slab = slab
@@ -252,11 +266,16 @@ cdef int keep(NflogData data) except -1:
 
 cdef int settle(Slab slab) except -1:
     """Have the objects that are messages of a slab take copies."""
+    cdef void *borrower
     cdef int place
     for place in range(slab.places):
-        if slab.lent[place] is not NULL:
-            keep(<NflogData> slab.lent[place])
-    slab.forget_places()
+        # One that another thread is about to end waits for us, and needs no copy.
+        borrower = slab.lent[place]
+        if borrower is not NULL and try_to_take(borrower):
+            try:
+                keep(<NflogData> borrower)
+            finally:
+                give_back(borrower)
     return 0
 
 

@@ -5,7 +5,9 @@ from libc.stdlib cimport calloc, free, malloc, realloc
 
 from netfilterqueue._channel cimport DEBUG, alive_now
 from netfilterqueue._nfqueue cimport Decision, decision_size, encode_verdict
-from netfilterqueue._threads cimport from_now, init_condition, start_thread, wait_until
+from netfilterqueue._threads cimport (
+    add_to_total, from_now, init_condition, start_thread, wait_until,
+)
 from netfilterqueue._uapi cimport (
     MSG_NOSIGNAL, clock_time, pthread_atfork, pthread_cond_destroy, pthread_cond_signal,
     pthread_cond_wait, pthread_join, pthread_mutex_destroy, pthread_mutex_init,
@@ -295,7 +297,7 @@ cdef void start(Waiting *waiting) noexcept nogil:
     if start_thread(&waiting.helper, help_sending, waiting, b"nfqueue-verdict") == 0:
         waiting.running = True
         if DEBUG:
-            alive_now.helpers += 1
+            add_to_total(&alive_now.helpers, 1)
 
 
 cdef void stop_helper(Waiting *waiting) noexcept nogil:
@@ -310,7 +312,7 @@ cdef void stop_helper(Waiting *waiting) noexcept nogil:
     pthread_mutex_unlock(&waiting.lock)
     pthread_join(waiting.helper, NULL)
     if DEBUG:
-        alive_now.helpers -= 1
+        add_to_total(&alive_now.helpers, -1)
 
 
 cdef void *help_sending(void *argument) noexcept nogil:

@@ -43,7 +43,8 @@ cdef Batch new_batch(Slab slab, Outbox outbox, Batch used)
 cdef class Packet:
     cdef Batch batch            # None: made by nobody who may
     cdef object owner           # the queue: it must live while a packet of its does; or, for one
-    #                             made by hand, a dict with the names of its interfaces
+    #                             made by hand, a dict with the names of its interfaces. Its
+    #                             critical section guards what is below, and the batch
     cdef Slab slab              # whose bytes fields.payload borrows; None once they may be reused
     cdef void **place           # in slab.lent; NULL: not there
     cdef PacketFields fields
@@ -61,6 +62,7 @@ cdef class Packet:
     cdef int end_borrowing(self) except -1
     cdef int keep_rare(self) except -1
     cdef bytes any_payload(self)
+    cdef bytes payload(self)
     cdef bytes rare_value(self, uint16_t kind)
     cdef object interface_name(self, uint32_t index)
     cdef bint is_truncated(self) noexcept
@@ -71,7 +73,3 @@ cdef class Packet:
     cdef int decide(self, uint32_t verdict) except -1
     cdef int abandon(self) except -1
     cdef int send_decision(self, const Decision *decision) except -1
-
-
-cdef int lend(Packet packet) except -1
-cdef int settle(Slab slab) except -1

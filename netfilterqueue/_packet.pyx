@@ -14,6 +14,7 @@ from netfilterqueue._nfqueue cimport (
     Decision, KNOWN_GID, KNOWN_UID, KNOWN_VLAN, MAX_PAYLOAD, decode_packet, find_rare, is_packet,
 )
 from netfilterqueue._outbox cimport NO_DEFAULT, Outbox
+from netfilterqueue._threads cimport add_to, add_to_total
 from netfilterqueue._uapi cimport (
     AF_BRIDGE, NFQA_CT, NFQA_CT_INFO, NFQA_L2HDR, NFQA_SECCTX, NFQA_SKB_CSUMNOTREADY,
     NFQA_SKB_CSUM_NOTVERIFIED, NFQA_SKB_GSO, NF_VERDICT_FLAG_QUEUE_BYPASS, NF_VERDICT_MASK,
@@ -135,7 +136,7 @@ cdef class Packet:
 
     def __cinit__(self):
         if DEBUG:
-            alive_now.packets += 1
+            add_to_total(&alive_now.packets, 1)
 
     def __init__(self, *args, **kwargs):
         raise TypeError("packets come from a NetfilterQueue and cannot be constructed; "
@@ -143,12 +144,15 @@ cdef class Packet:
 
     def __dealloc__(self):
         if DEBUG:
-            alive_now.packets -= 1
-        if self.slab is not None:
-            self.slab.users -= 1
-            if self.place is not NULL:
-                self.place[0] = NULL
-        if self.batch is not None:
+            add_to_total(&alive_now.packets, -1)
+        if self.batch is None:
+            return
+        with cython.critical_section(self.owner):
+            if self.slab is not None:
+                # First of all: whoever finds it there takes it to be whole.
+                if self.place is not NULL:
+                    self.place[0] = NULL
+                self.slab.users -= 1
             try:
                 if not self.is_decided():
                     self.abandon()
@@ -233,7 +237,8 @@ cdef class Packet:
             return None
         channel = self.batch.outbox.descriptor_owner
         if channel is not None:
-            return channel.interface_name(index)
+            with cython.critical_section(self.owner):
+                return channel.interface_name(index)
         return self.owner.get(index) if isinstance(self.owner, dict) else None
 
     @property
@@ -278,10 +283,12 @@ cdef class Packet:
         return self.rare_value(NFQA_L2HDR)
 
     cdef bytes rare_value(self, uint16_t kind):
-        cdef const nlattr *attribute = find_rare(&self.fields, kind)
-        if attribute is NULL:
-            return None
-        return PyBytes_FromStringAndSize(value_of(attribute), length_of(attribute))
+        cdef const nlattr *attribute
+        with cython.critical_section(self.owner):
+            attribute = find_rare(&self.fields, kind)
+            if attribute is NULL:
+                return None
+            return PyBytes_FromStringAndSize(value_of(attribute), length_of(attribute))
 
     @property
     def priority(self):
@@ -352,10 +359,8 @@ cdef class Packet:
         Raises RuntimeError where there is none (COPY_META), and after the callback has returned
         if the payload was not retained.
         """
-        cdef bytes payload = self.any_payload()
-        if payload is not None:
-            return payload
-        return PyBytes_FromStringAndSize(self.fields.payload, self.fields.payload_length)
+        with cython.critical_section(self.owner):
+            return self.payload()
 
     def get_payload_len(self):
         """The payload's length in bytes: after set_payload(), the new one's."""
@@ -364,7 +369,8 @@ cdef class Packet:
     def retain(self):
         """Keep a copy of the payload for use after the callback. Can be repeated; after
         set_payload() it keeps the new bytes. Raises RuntimeError as get_payload() does."""
-        self.retained = self.get_payload()
+        with cython.critical_section(self.owner):
+            self.retained = self.payload()
 
     def set_payload(self, payload, *, checksums=False, truncate=False):
         """Let the packet go on with these bytes, any bytes-like object of 1 to 65531 bytes that
@@ -400,35 +406,39 @@ cdef class Packet:
             if checksums:
                 replacement = with_checksums(
                     replacement, self.fields.skb_info & NFQA_SKB_CSUMNOTREADY, &right)
-        self.replacement = replacement
+        with cython.critical_section(self.owner):
+            self.replacement = replacement
         return right
 
     def __bool__(self):
         return True     # whatever its length: programs say `if packet` for `is not None`
 
     def __len__(self):
-        if self.replacement is not None:
-            return len(self.replacement)
-        return self.fields.payload_length
+        with cython.critical_section(self.owner):
+            if self.replacement is not None:
+                return len(self.replacement)
+            return self.fields.payload_length
 
     def __bytes__(self):
         return self.get_payload()
 
     def __getbuffer__(self, Py_buffer *view, int flags):
-        cdef bytes payload = self.any_payload()
+        cdef bytes payload
         if flags & PyBUF_WRITABLE:
             raise BufferError("a packet's payload is read-only; give a new one to set_payload()")
         # The exporter is who owns the bytes, not the packet: they are safe for as long as the
         # view lives, whatever is done to the packet meanwhile.
-        if payload is not None:
-            view.obj = payload
-            view.buf = PyBytes_AS_STRING(payload)
-            view.len = PyBytes_GET_SIZE(payload)
-        else:
-            self.slab.users += 1
-            view.obj = self.slab
-            view.buf = <void *> self.fields.payload
-            view.len = self.fields.payload_length
+        with cython.critical_section(self.owner):
+            payload = self.any_payload()
+            if payload is not None:
+                view.obj = payload
+                view.buf = PyBytes_AS_STRING(payload)
+                view.len = PyBytes_GET_SIZE(payload)
+            else:
+                add_to(&self.slab.views, 1)
+                view.obj = self.slab
+                view.buf = <void *> self.fields.payload
+                view.len = self.fields.payload_length
         view.readonly = True
         view.itemsize = 1
         view.format = UNSIGNED_BYTES if flags & PyBUF_FORMAT else NULL
@@ -454,23 +464,31 @@ cdef class Packet:
                 "callback has returned.")
         return None
 
+    cdef bytes payload(self):
+        cdef bytes payload = self.any_payload()
+        if payload is not None:
+            return payload
+        return PyBytes_FromStringAndSize(self.fields.payload, self.fields.payload_length)
+
     cdef int keep_payload(self) except -1:
         """Have the payload, if there is any, outlive the read."""
-        if self.slab is not None and self.fields.payload is not NULL:
-            self.retained = PyBytes_FromStringAndSize(self.fields.payload,
-                                                      self.fields.payload_length)
-        return self.end_borrowing()
+        with cython.critical_section(self.owner):
+            if self.slab is not None and self.fields.payload is not NULL:
+                self.retained = PyBytes_FromStringAndSize(self.fields.payload,
+                                                          self.fields.payload_length)
+            return self.end_borrowing()
 
     cdef int end_borrowing(self) except -1:
         """The bytes in the slab may be used again from now on."""
-        if self.slab is not None:
-            if self.fields.rare.left:
-                self.keep_rare()
-            self.slab.users -= 1
-            if self.place is not NULL:
-                self.place[0] = NULL
-                self.place = NULL
-            self.slab = None
+        with cython.critical_section(self.owner):
+            if self.slab is not None:
+                if self.fields.rare.left:
+                    self.keep_rare()
+                self.slab.users -= 1
+                if self.place is not NULL:
+                    self.place[0] = NULL
+                    self.place = NULL
+                self.slab = None
         return 0
 
     cdef int keep_rare(self) except -1:
@@ -493,7 +511,8 @@ cdef class Packet:
 
     def get_mark(self):
         """The mark given by set_mark(), else the one that the packet came with."""
-        return self.new_mark if self.has_new_mark else self.fields.mark
+        with cython.critical_section(self.owner):
+            return self.new_mark if self.has_new_mark else self.fields.mark
 
     def set_mark(self, mark):
         """Give the packet a mark of 32 bits, for later rules to match; the verdict sets it
@@ -503,13 +522,15 @@ cdef class Packet:
         number = int(mark)
         if not 0 <= number <= 0xFFFFFFFF:
             raise OverflowError(f"mark {mark} does not fit into 32 bits: use 0 to 4294967295")
-        self.new_mark = number
-        self.has_new_mark = True
+        with cython.critical_section(self.owner):
+            self.new_mark = number
+            self.has_new_mark = True
 
     def set_priority(self, priority):
         """Give the packet a priority of 32 bits, by which it queues at an interface; the verdict
         sets it (NFQA_PRIORITY, since Linux 5.18). Raises ValueError outside 0..4294967295."""
-        self.any_changes().set_priority(priority)
+        with cython.critical_section(self.owner):
+            self.any_changes().set_priority(priority)
 
     def set_conntrack_mark(self, mark):
         """Give the packet's connection a mark of 32 bits; the verdict sets it (NFQA_CT).
@@ -518,7 +539,8 @@ cdef class Packet:
         information: the queue must be bound with ``conntrack=True``.
         """
         self.require_connection()
-        self.any_changes().set_conntrack_mark(mark)
+        with cython.critical_section(self.owner):
+            self.any_changes().set_conntrack_mark(mark)
 
     def set_conntrack_labels(self, labels):
         """Give the packet's connection these labels, 1 to 16 bytes, and no others; the verdict sets
@@ -529,13 +551,15 @@ cdef class Packet:
         RuntimeError for a packet without connection information.
         """
         self.require_connection()
-        self.any_changes().set_conntrack_labels(labels)
+        with cython.critical_section(self.owner):
+            self.any_changes().set_conntrack_labels(labels)
 
     def set_vlan(self, proto, tci):
         """Give a packet of the bridge family a VLAN tag, of 16 bits each; the verdict sets it
         (NFQA_VLAN). Raises ValueError outside 0..65535, and RuntimeError for other packets."""
         self.require_bridged()
-        self.any_changes().set_vlan(proto, tci)
+        with cython.critical_section(self.owner):
+            self.any_changes().set_vlan(proto, tci)
 
     def set_l2_header(self, l2_header):
         """Give a packet of the bridge family another link layer's header, any bytes-like object as
@@ -544,7 +568,8 @@ cdef class Packet:
         Raises ValueError for another length, and RuntimeError for packets that have none.
         """
         self.require_bridged()
-        self.any_changes().set_l2_header(l2_header, len(self.l2_header or b""))
+        with cython.critical_section(self.owner):
+            self.any_changes().set_l2_header(l2_header, len(self.rare_value(NFQA_L2HDR) or b""))
 
     cdef PacketChanges any_changes(self):
         if self.changes is None:
@@ -560,7 +585,7 @@ cdef class Packet:
         return 0
 
     cdef int require_connection(self) except -1:
-        if find_rare(&self.fields, NFQA_CT) is NULL:
+        if self.rare_value(NFQA_CT) is None:
             raise RuntimeError("this packet came without information about its connection: bind "
                                "with conntrack=True; packets that are not tracked have none")
         return 0
@@ -568,7 +593,8 @@ cdef class Packet:
     @property
     def verdict(self):
         """The ``Verdict`` given, None as long as there is none."""
-        return Verdict(self.given & NF_VERDICT_MASK) if self.is_decided() else None
+        with cython.critical_section(self.owner):
+            return Verdict(self.given & NF_VERDICT_MASK) if self.is_decided() else None
 
     def accept(self):
         """Let the packet go on, with what was set (NF_ACCEPT).
@@ -611,20 +637,22 @@ cdef class Packet:
 
     cdef int decide(self, uint32_t verdict) except -1:
         cdef Decision decision
-        # Another thread may set another one before this one is sent.
-        cdef bytes replacement = self.replacement
+        cdef bytes replacement
         decision.verdict = verdict
-        decision.mark = self.new_mark
-        decision.has_mark = self.has_new_mark
         decision.payload = NULL
         decision.payload_length = 0
         decision.changes = NULL
-        if replacement is not None:
-            decision.payload = PyBytes_AS_STRING(replacement)
-            decision.payload_length = <uint32_t> PyBytes_GET_SIZE(replacement)
-        if self.changes is not None:
-            decision.changes = &self.changes.values
-        return self.send_decision(&decision)
+        with cython.critical_section(self.owner):
+            decision.mark = self.new_mark
+            decision.has_mark = self.has_new_mark
+            # Another thread may set another one before this one is sent.
+            replacement = self.replacement
+            if replacement is not None:
+                decision.payload = PyBytes_AS_STRING(replacement)
+                decision.payload_length = <uint32_t> PyBytes_GET_SIZE(replacement)
+            if self.changes is not None:
+                decision.changes = &self.changes.values
+            return self.send_decision(&decision)
 
     cdef int abandon(self) except -1:
         """Give the default verdict, or a warning: this is the end of the packet. What is raised
@@ -665,24 +693,6 @@ cdef class Packet:
         if now:
             outbox.flush()
         return 0
-
-
-cdef int lend(Packet packet) except -1:
-    """Let a packet borrow its bytes beyond a callback: until settle(), or its end."""
-    packet.place = packet.slab.new_place()
-    packet.place[0] = <void *> packet
-    return 0
-
-
-cdef int settle(Slab slab) except -1:
-    """Have the packets that borrow from a slab take copies."""
-    cdef int place
-    for place in range(slab.places):
-        # A copy can start the garbage collector, which can take packets out of the list.
-        if slab.lent[place] is not NULL:
-            (<Packet> slab.lent[place]).keep_payload()
-    slab.forget_places()
-    return 0
 
 
 # Users know the class by the package's name, not the extension's.

@@ -17,10 +17,11 @@ cdef struct Limits:
     Watch watch                 # over signals, once it waits
 
 cdef Limits limits_of(block, timeout, count) except *
-cdef bint used_up(const Limits *limits) except -1
 
 
 cdef class Receiver:
+    """Its critical section guards it and its channel, batches, slabs and packets. Who calls the
+    methods is in it; those that wait for packets, begin or end a call enter it themselves."""
     cdef Channel channel        # None until it is needed: a subclass may never call __init__
     cdef Outbox outbox          # of the present binding; None: not bound
     cdef Batch first            # batches with packets that wait to be handed out, a linked list
@@ -45,9 +46,12 @@ cdef class Receiver:
     cdef int leave(self, Outbox outbox, Limits *limits, list packets) except -1
     cdef int leave_with(self, list packets, Outbox outbox, Limits *limits) except -1
     cdef bint stopped(self, const Limits *limits) noexcept
-    cdef bint fill(self, Outbox outbox, Limits *limits, sock) except -1
+    cdef Packet await_packet(self, Outbox outbox, Limits *limits)
+    cdef Packet await_pulled(self, Outbox outbox, Limits *limits)
+    cdef int next_step(self, Outbox outbox, Limits *limits) except -1
+    cdef bint fill(self, Outbox outbox, Limits *limits) except -1
     cdef Slab read_socket(self, Limits *limits)
-    cdef Slab read_through(self, sock)
+    cdef Packet await_through(self, sock, Outbox outbox, Limits *limits)
     cdef Slab borrow(self, bytes datagram)
     cdef bytes receive_from(self, sock)
     cdef Packet next_packet(self)
@@ -68,3 +72,5 @@ cdef class Pulling:
     cdef Outbox outbox          # of the binding at hand when it began
     cdef Limits limits
     cdef bint closed            # or not begun
+
+    cdef bint has_ended(self) noexcept

@@ -3,17 +3,18 @@ cimport cython
 from cpython.bytes cimport PyBytes_CheckExact
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.pyport cimport PY_SSIZE_T_MAX
+from cpython.pythread cimport PyThread_get_thread_ident
 from libc.errno cimport EAGAIN, ENOBUFS
 from libc.stdint cimport uint32_t
 
 from netfilterqueue._channel cimport Slab, duplicate
 from netfilterqueue._outbox cimport VERDICTS, Outbox, is_verdict
-from netfilterqueue._packet cimport Batch, Packet, lend, new_batch, settle
+from netfilterqueue._packet cimport Batch, Packet, new_batch
 from netfilterqueue._signals cimport end_watch
+from netfilterqueue._threads cimport give_back, try_to_take
 from netfilterqueue._uapi cimport close
 
 import math
-import threading
 import time
 
 from netfilterqueue._arguments import MAX_TIMEOUT, integer, seconds
@@ -21,6 +22,12 @@ from netfilterqueue._arguments import MAX_TIMEOUT, integer, seconds
 # Deadlines, on the clock of time.monotonic().
 cdef double NEVER = math.inf
 cdef double AT_ONCE = -math.inf
+
+cdef enum:
+    # What a loop does next.
+    HAND_OUT
+    READ
+    LEAVE
 
 
 cdef Limits limits_of(block, timeout, count) except *:
@@ -60,21 +67,22 @@ cdef class Receiver:
             raise RuntimeError("no queue is bound: call bind() first")
         return 0
 
+    @cython.critical_section
     cdef Outbox enter(self, Limits *limits):
+        """Begin a call. Enters the critical section."""
         self.require_bound()
         limits.pending = self.max_len
         # A stop() that no call has ended by is for this one.
         limits.stops = self.heard
-        limits.thread = threading.get_ident()
+        limits.thread = PyThread_get_thread_ident()
         self.runners.append(limits.thread)
         return self.outbox
 
+    @cython.critical_section
     cdef int leave(self, Outbox outbox, Limits *limits, list packets) except -1:
-        """End a call; ``packets``: what it returns, or None."""
+        """End a call; ``packets``: what it returns, or None. Enters the critical section."""
         end_watch(&limits.watch)
-        # In a forked child those of other threads are not there.
-        if limits.thread in self.runners:
-            self.runners.remove(limits.thread)
+        take_out(self.runners, limits.thread)
         if self.runners and (self.stopped(limits) or outbox.closed):
             # One message wakes one reader: pass it on to the next.
             self.channel.wake()
@@ -102,23 +110,41 @@ cdef class Receiver:
     cdef bint stopped(self, const Limits *limits) noexcept:
         return self.stops != limits.stops
 
-    cdef bint fill(self, Outbox outbox, Limits *limits, sock) except -1:
-        """Read, through ``sock`` if there is one, until there are packets to hand out. False: there
-        will be none, and it is time to leave."""
-        cdef Slab slab
+    @cython.critical_section
+    cdef Packet await_packet(self, Outbox outbox, Limits *limits):
+        """The next packet; None when it is time to leave. Enters the critical section."""
+        cdef Packet packet = None
+        while packet is None and not used_up(limits) and self.fill(outbox, limits):
+            packet = self.next_packet()
+        if packet is not None:
+            limits.wanted -= 1
+        return packet
+
+    @cython.critical_section
+    cdef Packet await_pulled(self, Outbox outbox, Limits *limits):
+        """The same for who keeps the packet. Enters the critical section."""
+        cdef Packet packet = None
+        while packet is None and self.fill(outbox, limits):
+            packet = self.pull()
+        return packet
+
+    cdef int next_step(self, Outbox outbox, Limits *limits) except -1:
         while not (self.stopped(limits) or outbox.closed):
             if self.first is not None:
-                return True
+                return HAND_OUT
             outbox.raise_late_error()
             # While it sends, another thread may call stop().
-            if outbox.flush():
-                continue
-            if sock is not None:
-                slab = self.read_through(sock)
-            elif limits.emptied:
-                return False
-            else:
-                slab = self.read_socket(limits)
+            if not outbox.flush():
+                return READ
+        return LEAVE
+
+    cdef bint fill(self, Outbox outbox, Limits *limits) except -1:
+        """Read until there are packets to hand out. False: there will be none, and it is time to
+        leave."""
+        cdef Slab slab
+        cdef int step = self.next_step(outbox, limits)
+        while step == READ:
+            slab = None if limits.emptied else self.read_socket(limits)
             if slab is None:
                 return False
             # Without waiting, the last read is one that does not fill its slab; a flood fills all.
@@ -126,7 +152,8 @@ cdef class Receiver:
             limits.emptied = limits.deadline == AT_ONCE and (slab.filled < <int> slab.slots
                                                              or limits.pending <= 0)
             self.take(slab, outbox)
-        return False
+            step = self.next_step(outbox, limits)
+        return step == HAND_OUT
 
     cdef Slab read_socket(self, Limits *limits):
         if limits.deadline == AT_ONCE:
@@ -135,16 +162,34 @@ cdef class Receiver:
             return self.channel.receive_until(limits.deadline, &limits.watch)
         return self.channel.receive(&limits.watch)
 
-    cdef Slab read_through(self, sock):
-        """A datagram from a socket object; None if nothing is pending there."""
-        cdef bytes datagram = None
-        while datagram is None:
+    cdef Packet await_through(self, sock, Outbox outbox, Limits *limits):
+        """The next packet, read through a socket object; None if nothing is pending there, or it is
+        time to leave. Enters the critical section, but not while that object's code runs."""
+        cdef Packet packet
+        cdef bytes datagram
+        cdef int step
+        while True:
+            with cython.critical_section(self):
+                step = self.next_step(outbox, limits)
+                if step == LEAVE:
+                    return None
+                if step == HAND_OUT:
+                    packet = self.next_packet()
+                    if packet is not None:
+                        return packet
+                    continue
+                self.channel.begin_foreign()
             datagram = self.receive_from(sock)
-        return self.borrow(datagram) if datagram else None
+            if datagram is None:
+                continue
+            if not datagram:
+                return None
+            with cython.critical_section(self):
+                self.take(self.borrow(datagram), outbox)
 
     cdef Slab borrow(self, bytes datagram):
         """A slab around what somebody else received."""
-        if self.borrowed is None or self.borrowed.users:
+        if self.borrowed is None or not self.borrowed.is_idle():
             self.borrowed = Slab(1, 0)
         self.borrowed.users += 1
         self.borrowed.lend(datagram)
@@ -152,11 +197,11 @@ cdef class Receiver:
         return self.borrowed
 
     cdef bytes receive_from(self, sock):
-        """A datagram; empty if nothing is pending, None after an overrun."""
-        # While there are packets, recv() neither waits nor looks whether a signal came.
-        PyErr_CheckSignals()
-        self.channel.begin_foreign()
+        """A datagram; empty if nothing is pending, None after an overrun. Ends what begin_foreign()
+        began."""
         try:
+            # While there are packets, recv() neither waits nor looks whether a signal came.
+            PyErr_CheckSignals()
             datagram = sock.recv(self.channel.slot_size)
         except OSError as error:
             if isinstance(error, BlockingIOError) or error.errno == EAGAIN:
@@ -165,7 +210,8 @@ cdef class Receiver:
                 return None
             raise
         finally:
-            self.channel.end_foreign()
+            with cython.critical_section(self):
+                self.channel.end_foreign()
         if PyBytes_CheckExact(datagram):
             return datagram
         return bytes(memoryview(datagram))
@@ -279,10 +325,34 @@ cdef class Receiver:
                 slab.users -= 1
             self.pulled.append(packet.slab)
             packet.slab.users += 1
-        lend(packet)
+        packet.place = packet.slab.lend_to(<void *> packet)
         return packet
 
 
+cdef int take_out(list numbers, number) except -1:
+    # In a forked child, what belongs to other threads is not there.
+    if number in numbers:
+        numbers.remove(number)
+    return 0
+
+
+cdef int settle(Slab slab) except -1:
+    """Have the packets that borrow from a slab take copies."""
+    cdef void *borrower
+    cdef int place
+    for place in range(slab.places):
+        # A copy can start the garbage collector, which can take packets out of the list. One that
+        # another thread is about to end waits for us, and needs no copy.
+        borrower = slab.lent[place]
+        if borrower is not NULL and try_to_take(borrower):
+            try:
+                (<Packet> borrower).keep_payload()
+            finally:
+                give_back(borrower)
+    return 0
+
+
+# What its queue's critical section guards besides.
 @cython.final
 cdef class Pulling:
 
@@ -296,6 +366,10 @@ cdef class Pulling:
     @property
     def ended(self):
         """No packet will come any more: stop() or unbind() was called."""
+        with cython.critical_section(self.queue):
+            return self.has_ended()
+
+    cdef bint has_ended(self) noexcept:
         return self.closed or self.queue.stopped(&self.limits) or self.outbox.closed
 
     def begin_waiting(self):
@@ -305,35 +379,35 @@ cdef class Pulling:
         has closed its own.
         """
         cdef int descriptor
-        if self.ended:
-            return -1
-        descriptor = duplicate(self.queue.channel.fd)
-        self.queue.awaiting.append(descriptor)
+        with cython.critical_section(self.queue):
+            if self.has_ended():
+                return -1
+            descriptor = duplicate(self.queue.channel.fd)
+            self.queue.awaiting.append(descriptor)
         return descriptor
 
     def end_waiting(self, int descriptor):
-        # In a forked child it is not there.
-        if descriptor in self.queue.awaiting:
-            self.queue.awaiting.remove(descriptor)
+        with cython.critical_section(self.queue):
+            take_out(self.queue.awaiting, descriptor)
         close(descriptor)
 
     def take(self):
         """The next packet of those that have been read, or None."""
-        return None if self.ended else self.queue.pull()
+        with cython.critical_section(self.queue):
+            return None if self.has_ended() else self.queue.pull()
 
     def read(self):
         """The next packet of those that have been read or can be, or None."""
-        cdef Packet packet = None
-        self.limits.emptied = False
-        while packet is None and self.queue.fill(self.outbox, &self.limits, None):
-            packet = self.queue.pull()
-        return packet
+        with cython.critical_section(self.queue):
+            self.limits.emptied = False
+            return self.queue.await_pulled(self.outbox, &self.limits)
 
     def close(self, list packets=None):
         """``packets``: in the caller's hands, to be lost if this raises."""
-        if not self.closed:
-            self.closed = True
-            self.queue.leave_with(packets, self.outbox, &self.limits)
+        with cython.critical_section(self.queue):
+            if not self.closed:
+                self.closed = True
+                self.queue.leave_with(packets, self.outbox, &self.limits)
 
     def __del__(self):
         self.close()
