@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 import os
@@ -56,6 +57,17 @@ def integer(name: str, value: Any, lowest: int, highest: int) -> int:
     return number
 
 
+def bytes_of(name: str, value: Any) -> bytes:
+    """A copy of a bytes-like object; TypeError that names it where it is none."""
+    try:
+        return bytes(memoryview(value))
+    except TypeError:
+        raise TypeError(
+            f"{name} must be a bytes-like object, not '{type(value).__name__}'; of a packet that "
+            "scapy has made, bytes(packet) is one"
+        ) from None
+
+
 def seconds(name: str, value: Any, highest: float) -> float:
     try:
         # The value as a float; float() would read it from text, too.
@@ -92,6 +104,17 @@ def verdict_for_all(value: Any) -> int | None:
     return int(value)
 
 
+def require_function(name: str, value: Any, argument: str) -> None:
+    """TypeError unless it can be called with each packet, and does all of its work then."""
+    if not callable(value):
+        raise TypeError(f"{name} must be callable with one argument, {argument}; got {value!r}")
+    if inspect.iscoroutinefunction(value):
+        raise TypeError(
+            f"{name} is a coroutine function, which nobody would await: use a plain function, or "
+            "take packets by `async for`"
+        )
+
+
 def one_callback(user_callback: Any, callback: Any) -> Any:
     """The callback under either of the names that programs use for it."""
     if user_callback is not None and callback is not None:
@@ -99,10 +122,8 @@ def one_callback(user_callback: Any, callback: Any) -> Any:
             "bind() got two callbacks: user_callback and callback are the same argument"
         )
     chosen = user_callback if callback is None else callback
-    if chosen is not None and not callable(chosen):
-        raise TypeError(
-            f"the callback must be callable with one argument, the packet; got {chosen!r}"
-        )
+    if chosen is not None:
+        require_function("the callback", chosen, "the packet")
     return chosen
 
 

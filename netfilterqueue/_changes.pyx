@@ -9,7 +9,7 @@ from netfilterqueue._nfqueue cimport (
     CHANGE_VLAN,
 )
 
-from netfilterqueue._arguments import MAX_UINT32, integer
+from netfilterqueue._arguments import MAX_UINT32, bytes_of, integer
 
 
 @cython.final
@@ -47,7 +47,7 @@ cdef class PacketChanges:
 
     cdef int set_l2_header(self, l2_header, Py_ssize_t length) except -1:
         """``length``: bytes that the packet's own has, in whose place it is written."""
-        cdef bytes content = bytes(memoryview(l2_header))
+        cdef bytes content = bytes_of("l2_header", l2_header)
         if len(content) != length:
             raise ValueError(f"a link layer's header of {len(content)} bytes cannot be set: it "
                              f"takes the place of the packet's own, which has {length}")

@@ -32,7 +32,9 @@ from netfilterqueue import aio, constants
 from netfilterqueue._advice import (
     bind_refused, bind_unanswered, flags_lacking, refused, unbind_refused,
 )
-from netfilterqueue._arguments import MAX_INT, MAX_UINT32, check_bind, copy_mode, integer
+from netfilterqueue._arguments import (
+    MAX_INT, MAX_UINT32, check_bind, copy_mode, integer, require_function,
+)
 from netfilterqueue._netns import open_socket
 from netfilterqueue.constants import Verdict
 from netfilterqueue.stats import QueueStats, queues_beside
@@ -183,6 +185,8 @@ cdef class NetfilterQueue(Receiver):
                  "secctx": secctx}
         binding = check_bind(queue_num, user_callback, max_len, mode, range, sock_len, callback,
                              flags, timestamps, batch, verdict_delay, default_verdict)
+        if binding.callback is None and self.overrides_handle():
+            require_function("handle()", self.handle, "the packet")
         with self.transition:
             with cython.critical_section(self):
                 granted = self.configure(self.open_channel(), binding)
@@ -619,7 +623,10 @@ cdef class NetfilterQueue(Receiver):
         return 0
 
     cdef bint has_callback(self) except -1:
-        return self.callback is not None or type(self).handle is not NetfilterQueue.handle
+        return self.callback is not None or self.overrides_handle()
+
+    cdef bint overrides_handle(self) except -1:
+        return type(self).handle is not NetfilterQueue.handle
 
     cdef int begin_in_child(self) except -1:
         # What the parent has read, the parent delivers.

@@ -27,7 +27,7 @@ import weakref
 
 from netfilterqueue import constants
 from netfilterqueue._advice import bind_refused, bind_unanswered, refused, unbind_refused
-from netfilterqueue._arguments import MAX_UINT32, copy_mode, integer
+from netfilterqueue._arguments import MAX_UINT32, copy_mode, integer, require_function
 from netfilterqueue._impl import FLAGS
 from netfilterqueue.constants import Verdict
 
@@ -144,9 +144,7 @@ cdef class NetfilterQueueHandle(Receiver):
         cdef int error
         self.require_open()
         queue.number = integer("number", number, 0, 0xFFFF)
-        if not callable(callback):
-            raise TypeError("the callback must be callable with one argument, the packet's data; "
-                            f"got {callback!r}")
+        require_function("the callback", callback, "the packet's data")
         queue.callback = callback
         queue.bound_by = getpid()
         if queue.number in self.queues:

@@ -23,7 +23,7 @@ import weakref
 
 from netfilterqueue import aio
 from netfilterqueue._advice import open_refused, open_unanswered
-from netfilterqueue._arguments import MAX_RECEIVE_BUFFER, integer
+from netfilterqueue._arguments import MAX_RECEIVE_BUFFER, integer, require_function
 from netfilterqueue.constants import COPY_PACKET
 
 
@@ -292,8 +292,7 @@ cdef class Nflog:
         """
         cdef NflogData data
         cdef Py_ssize_t wanted = integer("count", count, -1, PY_SSIZE_T_MAX)
-        if not callable(fn):
-            raise TypeError(f"fn must be callable with one argument, the message; got {fn!r}")
+        require_function("fn", fn, "the message")
         with cython.critical_section(self.channel):
             self.enter()
         try:

@@ -24,7 +24,7 @@ from netfilterqueue._uapi cimport (
 import os
 
 from netfilterqueue import conntrack
-from netfilterqueue._arguments import integer
+from netfilterqueue._arguments import bytes_of, integer
 from netfilterqueue.constants import PROTOCOLS, Verdict
 from netfilterqueue.vlan import Vlan
 
@@ -392,7 +392,7 @@ cdef class Packet:
         cdef bytes replacement = None
         cdef bint right = False
         if payload is not None:
-            replacement = payload if type(payload) is bytes else bytes(memoryview(payload))
+            replacement = payload if type(payload) is bytes else bytes_of("payload", payload)
             if not 1 <= len(replacement) <= MAX_PAYLOAD:
                 raise ValueError(f"a payload of {len(replacement)} bytes cannot be set: "
                                  f"it must have 1 to {MAX_PAYLOAD}; use drop() to discard a packet")

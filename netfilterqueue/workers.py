@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from netfilterqueue import NetfilterQueue, Packet, Verdict
-from netfilterqueue._arguments import integer
+from netfilterqueue._arguments import integer, require_function
 from netfilterqueue._impl import drop_older
 from netfilterqueue._namespaces import system_call
 from netfilterqueue.stats import kernel_queues
@@ -186,8 +186,7 @@ def serve(
 
 
 def check_arguments(handler: Any, queues: Iterable[int]) -> list[int]:
-    if not callable(handler):
-        raise TypeError(f"the handler must be callable with one argument, the packet: {handler!r}")
+    require_function("the handler", handler, "the packet")
     numbers = [integer("queue number", number, 0, 0xFFFF) for number in queues]
     if not numbers:
         raise ValueError("no queue to serve: pass the numbers of the rule, such as range(4)")

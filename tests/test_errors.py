@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import re
 import select
@@ -11,6 +12,7 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from scapy.layers.inet import IP
 
 from netfilterqueue import NetfilterQueue, Packet, Verdict
 from support import bound_queues, run_until, wait_until_queued, without_net_admin
@@ -26,6 +28,11 @@ SECOND = "Verdict already given for this packet"
 
 def ignore(packet: Packet) -> None:
     """A callback that decides nothing."""
+
+
+async def decide(packet: Packet) -> None:
+    """What looks like a callback and is none."""
+    packet.accept()
 
 
 class TestArguments:
@@ -73,6 +80,8 @@ class TestArguments:
             ({"batch": "8"}, "batch must be an integer, not str"),
             ({"verdict_delay": "soon"}, "verdict_delay must be a number of seconds, not str"),
             ({"user_callback": 7}, "the callback must be callable with one argument, the packet"),
+            ({"user_callback": decide}, "the callback is a coroutine function, which nobody would"),
+            ({"user_callback": functools.partial(decide)}, "take packets by `async for`"),
             ({"callback": ignore}, "user_callback and callback are the same argument"),
             ({"verdict_delay": "1"}, "verdict_delay must be a number of seconds, not str"),
         ],
@@ -107,17 +116,31 @@ class TestArguments:
         queue.bind(**options)
         assert list(bound_queues()) == [queue_num]
 
+    def test_handle_that_is_a_coroutine_function(self, queue_num: int) -> None:
+        class Waiting(NetfilterQueue):
+            handle = decide  # type: ignore[assignment]
+
+        with Waiting() as queue:
+            with pytest.raises(TypeError, match=r"handle\(\) is a coroutine function"):
+                queue.bind(queue_num, sock_len=4096)
+            assert not bound_queues()
+            queue.bind(queue_num, ignore, sock_len=4096)
+
     @pytest.mark.parametrize(
         ("method", "argument", "error", "text"),
         [
             (Packet.set_payload, b"", ValueError, "must have 1 to 65531; use drop() to discard"),
             (Packet.set_payload, bytes(65532), ValueError, "a payload of 65532 bytes cannot be"),
-            (Packet.set_payload, "text", TypeError, "a bytes-like object is required, not 'str'"),
+            (Packet.set_payload, "text", TypeError, "must be a bytes-like object, not 'str'"),
+            (Packet.set_payload, IP(), TypeError, "not 'IP'; of a packet that scapy has made"),
             (Packet.set_mark, -1, OverflowError, "mark -1 does not fit into 32 bits: use 0 to"),
             (Packet.set_mark, 2**32, OverflowError, "mark 4294967296 does not fit into 32 bits"),
             (Packet.set_mark, "1", TypeError, ", not str"),
         ],
-        ids=["no payload", "long payload", "text", "negative mark", "great mark", "text as mark"],
+        ids=[
+            *("no payload", "long payload", "text", "packet of scapy"),
+            *("negative mark", "great mark", "text as mark"),
+        ],
     )
     def test_value_that_a_packet_refuses_changes_nothing(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import gc
@@ -233,6 +234,7 @@ class TestQueues:
             (-1, ignore, ValueError, "number is -1"),
             ("1", ignore, TypeError, "number must be an integer"),
             (1, None, TypeError, "must be callable"),
+            (1, asyncio.sleep, TypeError, "is a coroutine function"),
         ],
     )
     def test_wrong_argument_of_create_queue(

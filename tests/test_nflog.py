@@ -404,6 +404,12 @@ def test_loop_counts(log: Nflog, logged: Callable[..., UdpFlow]) -> None:
     assert [data.seq for data in seen] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize(("fn", "text"), [(None, "callable"), (asyncio.sleep, "coroutine")])
+def test_loop_takes_a_function(log: Nflog, fn: Any, text: str) -> None:
+    with pytest.raises(TypeError, match=f"fn .*{text}"):
+        log.loop(fn)
+
+
 def test_what_a_callback_raises_leaves_the_loop_and_nothing_is_lost(
     group: int, logged: Callable[..., UdpFlow]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import signal
@@ -238,6 +239,7 @@ class TestArguments:
         ("arguments", "options", "error", "message"),
         [
             ((None, [1]), {}, TypeError, "handler must be callable"),
+            ((asyncio.sleep, [1]), {}, TypeError, "handler is a coroutine function"),
             ((print, []), {}, ValueError, "no queue to serve"),
             ((print, [1, 2, 1]), {}, ValueError, r"there twice: \[1, 2, 1\]"),
             ((print, [1, 65536]), {}, ValueError, "queue number is 65536"),
