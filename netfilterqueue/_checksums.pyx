@@ -48,6 +48,11 @@ cdef struct Transport:
     bint whole                      # its checksum covers nothing that is not in this packet
 
 
+cdef int protocol_of(bytes packet) noexcept:
+    """The number of the protocol that an IPv4 or IPv6 packet carries; -1 where it does not tell."""
+    return upper_protocol(<const uint8_t *> PyBytes_AS_STRING(packet), PyBytes_GET_SIZE(packet))
+
+
 cdef int upper_protocol(const uint8_t *packet, Py_ssize_t length) noexcept nogil:
     """The number of the protocol that an IPv4 or IPv6 packet carries, as far as a part of it tells;
     -1 where it does not."""
@@ -81,6 +86,12 @@ cdef Py_ssize_t extension_size(int protocol, const uint8_t *header) noexcept nog
     return 8 * (header[1] + 1)
 
 
+cdef cut_short(Py_ssize_t length, Py_ssize_t original):
+    return RuntimeError(
+        f"only {length} of this packet's {original} bytes are here, and with a new payload it "
+        "would lose the others: bind with a larger range, or pass truncate=True if it may")
+
+
 cdef int require_same_segments(bytes packet, Py_ssize_t length) except -1:
     """Raise if this cannot take the place of a packet of so many bytes that stands for several.
 
@@ -88,28 +99,64 @@ cdef int require_same_segments(bytes packet, Py_ssize_t length) except -1:
     checksum anew, wherever the packet goes. Of UDP it wants the pseudo-header's sum where it cuts,
     and a right checksum where it delivers the packet as a whole, and nobody knows which it will be.
     """
-    if len(packet) != length or upper_protocol(
-            <const uint8_t *> PyBytes_AS_STRING(packet), length) != IPPROTO_TCP:
+    if len(packet) != length or protocol_of(packet) != IPPROTO_TCP:
         raise ValueError(
             f"this packet stands for several segments (gso), and {len(packet)} bytes cannot take "
             f"its place: it must stay TCP, of {length} bytes; or bind without gso=True")
     return 0
 
 
-cdef bytes with_checksums(bytes packet, bint unfinished, bint *whole):
+cdef bytes with_checksums(bytes packet, bytes unfinished, bint *whole):
     """A copy of an IPv4 or IPv6 packet, of at most 65535 bytes, with its lengths and checksums set.
 
     ``whole`` becomes False where only the IP header could be made right: in a fragment, on a source
-    route of unknown kind, for a protocol other than TCP, UDP, ICMP and ICMPv6. ``unfinished``: the
-    checksum of what it carries was left to the network card, so that 0 in UDP does not mean that
-    there is none. Raises ValueError where a header is malformed.
+    route of unknown kind, for a protocol other than TCP, UDP, ICMP and ICMPv6. ``unfinished``: what
+    came, empty where it is gone, if its checksum was left to the network card, so that 0 in UDP
+    does not mean that there is none; else None. Raises ValueError where a header is malformed, and
+    where a checksum would stay unfinished.
     """
     cdef bytes copy = PyBytes_FromStringAndSize(PyBytes_AS_STRING(packet), PyBytes_GET_SIZE(packet))
-    whole[0] = make_right(<uint8_t *> PyBytes_AS_STRING(copy), PyBytes_GET_SIZE(copy), unfinished)
-    if unfinished and not whole[0]:
-        raise ValueError("the checksum of this packet is unfinished, and of a kind that cannot be "
-                         "finished here: bind without gso=True, and the kernel finishes it")
+    whole[0] = make_right(<uint8_t *> PyBytes_AS_STRING(copy), PyBytes_GET_SIZE(copy),
+                          unfinished is not None)
+    if unfinished is not None:
+        if not whole[0]:
+            raise cannot_finish("of a kind that cannot be finished here")
+        if protocol_of(copy) == IPPROTO_UDP:
+            require_own_sum(<const uint8_t *> PyBytes_AS_STRING(unfinished),
+                            PyBytes_GET_SIZE(unfinished))
     return copy
+
+
+cdef int require_own_sum(const uint8_t *packet, Py_ssize_t length) except -1:
+    """Raise if the unfinished checksum of a packet is not, or may not be, that of its UDP header:
+    then the pseudo-header's sum stands there. In a tunnel it is that of a packet inside."""
+    cdef Transport transport
+    cdef Py_ssize_t size
+    cdef uint64_t expected
+    cdef const udphdr *header
+    if not length:
+        raise cannot_finish("the bytes that tell whose it is are gone, unless you call retain()")
+    if upper_protocol(packet, length) != IPPROTO_UDP:
+        return 0
+    if packet[0] >> 4 == 4:
+        size = 4
+        walk_ipv4(packet, length, &transport)
+    else:
+        size = 16
+        walk_ipv6(packet, length, &transport)
+    require_header(packet, length, &transport)
+    header = <const udphdr *> (packet + transport.offset)
+    expected = (sum_of(transport.source, size) + sum_of(transport.destination, size)
+                + header.len + htonl(IPPROTO_UDP))
+    # The kernel's sum may be folded in another way: 0xFFFF is 0.
+    if expected % 0xFFFF != header.check % 0xFFFF:
+        raise cannot_finish("that of a packet inside of it, as in a tunnel")
+    return 0
+
+
+cdef cannot_finish(str why):
+    return ValueError(f"the checksum of this packet is unfinished, and {why}: bind without "
+                      "gso=True, and the kernel finishes it")
 
 
 cdef bint make_right(uint8_t *packet, Py_ssize_t length, bint unfinished) except -1:

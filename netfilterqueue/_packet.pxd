@@ -63,6 +63,7 @@ cdef class Packet:
     cdef int keep_rare(self) except -1
     cdef bytes any_payload(self)
     cdef bytes payload(self)
+    cdef bytes unfinished(self)
     cdef bytes rare_value(self, uint16_t kind)
     cdef object interface_name(self, uint32_t index)
     cdef bint is_truncated(self) noexcept

@@ -4,11 +4,11 @@ from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES, PyBUF_WRITABL
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_WarnEx
 from cpython.object cimport PyTypeObject
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
 from netfilterqueue._changes cimport PacketChanges
 from netfilterqueue._channel cimport DEBUG, Channel, Slab, alive_now
-from netfilterqueue._checksums cimport require_same_segments, upper_protocol, with_checksums
+from netfilterqueue._checksums cimport cut_short, protocol_of, require_same_segments, with_checksums
 from netfilterqueue._netlink cimport length_of, next_message, value_of
 from netfilterqueue._nfqueue cimport (
     Decision, KNOWN_GID, KNOWN_UID, KNOWN_VLAN, MAX_PAYLOAD, decode_packet, find_rare, is_packet,
@@ -354,11 +354,8 @@ cdef class Packet:
 
     def get_payload(self):
         """The payload as bytes: what set_payload() was given, else what retain() kept, else the
-        packet's own.
-
-        Raises RuntimeError where there is none (COPY_META), and after the callback has returned
-        if the payload was not retained.
-        """
+        packet's own. Raises RuntimeError where there is none (COPY_META), and after the callback
+        has returned if the payload was not retained."""
         with cython.critical_section(self.owner):
             return self.payload()
 
@@ -387,7 +384,7 @@ cdef class Packet:
         ``truncate=True`` it does, or else this raises RuntimeError.
 
         Raises TypeError for what is not bytes-like, and ValueError for a wrong length, or where
-        checksums are wanted for what is no such packet or has headers that do not fit into it.
+        checksums are wanted for what is no such packet, or where they cannot be made right.
         """
         cdef bytes replacement = None
         cdef bint right = False
@@ -397,18 +394,23 @@ cdef class Packet:
                 raise ValueError(f"a payload of {len(replacement)} bytes cannot be set: "
                                  f"it must have 1 to {MAX_PAYLOAD}; use drop() to discard a packet")
             if self.is_truncated() and not truncate:
-                raise RuntimeError(
-                    f"only {self.fields.payload_length} of this packet's {self.original_len} bytes "
-                    "are here, and with a new payload it would lose the others: bind with a larger "
-                    "range, or pass truncate=True if it may")
+                raise cut_short(self.fields.payload_length, self.original_len)
             if self.fields.skb_info & NFQA_SKB_GSO:
                 require_same_segments(replacement, self.original_len)
             if checksums:
-                replacement = with_checksums(
-                    replacement, self.fields.skb_info & NFQA_SKB_CSUMNOTREADY, &right)
+                replacement = with_checksums(replacement, self.unfinished(), &right)
         with cython.critical_section(self.owner):
             self.replacement = replacement
         return right
+
+    cdef bytes unfinished(self):
+        """What came, if its checksum is not ready, else None; empty where it is gone."""
+        if not self.fields.skb_info & NFQA_SKB_CSUMNOTREADY:
+            return None
+        with cython.critical_section(self.owner):
+            if self.slab is None or self.fields.payload is NULL:
+                return self.retained or b""
+            return PyBytes_FromStringAndSize(self.fields.payload, self.fields.payload_length)
 
     def __bool__(self):
         return True     # whatever its length: programs say `if packet` for `is not None`
@@ -502,9 +504,7 @@ cdef class Packet:
             payload = self.get_payload()
         except RuntimeError:
             return f"{len(self)} byte packet, contents unretained"
-        protocol = PROTOCOLS.get(
-            upper_protocol(<const uint8_t *> PyBytes_AS_STRING(payload), PyBytes_GET_SIZE(payload)),
-            "Unknown protocol")
+        protocol = PROTOCOLS.get(protocol_of(payload), "Unknown protocol")
         return f"{protocol} packet, {len(payload)} bytes"
 
     # Changes, and the verdict that carries them out

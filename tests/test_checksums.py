@@ -43,7 +43,7 @@ from scapy.packet import Raw
 
 from netfilterqueue import Packet
 from netfilterqueue.testing import packet as packet_of
-from support import CHAINS, RECEIVE_BUFFER, in_thread, run_until, wait_until
+from support import CHAINS, RECEIVE_BUFFER, in_thread, internet_checksum, run_until, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -436,16 +436,56 @@ def pad_options(packet: Packet) -> None:
     packet.accept()
 
 
+def unfinished(packet: Layer) -> bytes:
+    """A UDP packet as its sender leaves it to the network card, with the pseudo-header's sum: what
+    is missing where the checksum is right."""
+    payload = bytes(packet)
+    udp = payload[-len(packet[UDP]) :]
+    start = len(payload) - len(udp) + 6
+    pseudo_sum = internet_checksum(udp + bytes(len(udp) % 2))
+    return payload[:start] + struct.pack("!H", pseudo_sum) + payload[start + 2 :]
+
+
 class TestUnfinished:
     """Packets of a queue with the flag gso, whose checksums and segments are left to others."""
 
     def test_udp_checksum_of_0_is_no_sign_then_that_there_is_none(self) -> None:
-        packet = packet_of(b"original", checksum_ready=False)
+        packet = packet_of(unfinished(IP() / UDP() / b"original"), checksum_ready=False)
         right = IP(src="192.0.2.1", dst="192.0.2.2") / UDP() / b"data"
         wrong = right.copy()
         wrong[UDP].chksum = 0
         assert packet.set_payload(bytes(wrong), checksums=True) is True
         assert packet.get_payload() == bytes(right)
+
+    @pytest.mark.parametrize(
+        "network",
+        [
+            IP(),
+            IP(src="192.0.2.1", options=[IPOption_LSRR(routers=["192.0.2.7"])]),
+            IPv6(),
+            IPv6() / IPv6ExtHdrRouting(addresses=["2001:db8::7"]),
+            # The pseudo-header's sum is 0xFFFF, or 0.
+            IP(src="0.0.0.0", dst="255.221.0.0"),
+        ],
+    )
+    def test_udp_is_finished_where_the_pseudo_headers_sum_stands_there(
+        self, network: Layer
+    ) -> None:
+        right = network / UDP() / b"payload!!"
+        payload = unfinished(right)
+        packet = packet_of(payload, checksum_ready=False)
+        assert packet.set_payload(payload, checksums=True) is True
+        assert packet.get_payload() == bytes(right)
+        # Its own is finished already.
+        packet = packet_of(bytes(right), checksum_ready=False)
+        with pytest.raises(ValueError, match=r"unfinished.*inside.*bind without gso=True"):
+            packet.set_payload(payload, checksums=True)
+
+    def test_udp_is_not_finished_where_nothing_tells_whose_checksum_it_is(self) -> None:
+        packet = packet_of(None, checksum_ready=False)
+        with pytest.raises(ValueError, match=r"unfinished.*retain\(\).*bind without gso=True"):
+            packet.set_payload(bytes(IP() / UDP()), checksums=True)
+        assert packet.set_payload(bytes(IP() / TCP()), checksums=True)
 
     @pytest.mark.parametrize(
         "layer", [IP(proto=132) / bytes(20), IP(flags="MF") / UDP()], ids=["SCTP", "fragment"]
