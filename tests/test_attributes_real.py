@@ -247,27 +247,6 @@ class TestSender:
         packet.drop()
 
 
-class TestSecurityContext:
-    @pytest.mark.stock_kernel
-    @pytest.mark.parametrize("asked", [True, False])
-    def test_it_is_the_one_that_a_rule_has_given(
-        self, queued_udp: Callable[..., QueuedUdp], rules: Callable[..., object], asked: bool
-    ) -> None:
-        # To AppArmor, which Debian's kernel starts with, this is the name of no restriction.
-        label = ("-j", "SECMARK", "--selctx", "unconfined")
-        rules("OUTPUT", "-p", "udp", "-m", "mark", "--mark", 7, *label, table="mangle")
-        udp = queued_udp("output", secctx=asked)
-        # Marked by its socket, for a rule in a table before the queue's.
-        unlabelled = udp.deliver_one()
-        udp.flow.sender.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, 7)
-        labelled = udp.deliver_one()
-        assert unlabelled.secctx is None
-        assert labelled.secctx == ("unconfined" if asked else None)
-        for packet in (unlabelled, labelled):
-            packet.accept()
-        assert labelled.secctx == ("unconfined" if asked else None)
-
-
 class TestPriority:
     @pytest.mark.parametrize("priority", [0, 1, 6, 0x10002])
     def test_it_is_the_sockets(self, queued_udp: Callable[..., QueuedUdp], priority: int) -> None:

@@ -94,7 +94,7 @@ class TestSctp:
             packet.accept()
 
         sizes: list[int] = []
-        for chain in ("FORWARD", "INPUT"):
+        for chain in ("FORWARD", "OUTPUT"):
             rules(chain, "-p", "sctp", queue=queue_num)
         queue.bind(queue_num, accept, gso=gso, max_len=4096, sock_len=RECEIVE_BUFFER)
         return sizes
@@ -122,10 +122,11 @@ class TestSctp:
         assert max(sizes) == 1500
         assert sum(sizes) > len(data)
 
-    def test_all_arrives_over_loopback(
-        self, queue: NetfilterQueue, sizes: list[int], traffic: Traffic, data: bytes
+    @pytest.mark.parametrize("path", ["loopback", "output"])
+    def test_all_arrives(
+        self, queue: NetfilterQueue, sizes: list[int], traffic: Traffic, data: bytes, path: str
     ) -> None:
-        transfer = traffic.sctp("loopback", data)
+        transfer = traffic.sctp(path, data)
         run_until(queue, lambda: transfer.done)
         assert transfer.result() == data
         assert sum(sizes) > len(data)

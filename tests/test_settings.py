@@ -37,7 +37,7 @@ def bind_with(queue: NetfilterQueue, number: int, **flags: bool) -> None:
 
 
 def bind_and_set(queue: NetfilterQueue, number: int, **flags: bool) -> None:
-    bind_with(queue, number)
+    bind_with(queue, number, **{name: not on for name, on in flags.items()})
     queue.set_flags(**flags)
 
 
@@ -94,6 +94,43 @@ class TestFlag:
         flow.send(b"payload")
         (packet,) = queue.read(timeout=TIMEOUT)
         assert [packet.uid is not None, packet.gid is not None] == [on, on]
+
+    @pytest.mark.stock_kernel
+    @pytest.mark.parametrize("on", [True, False])
+    def test_conntrack(
+        self,
+        set_flags: Callable[..., NetfilterQueue],
+        queued: Callable[..., UdpFlow],
+        rules: Callable[..., Rule],
+        on: bool,
+    ) -> None:
+        # The kernel tracks connections while there is a rule that wants to know.
+        rules("OUTPUT", "-m", "conntrack", "--ctstate", "INVALID", "-j", "DROP")
+        flow = queued(chain="OUTPUT")
+        queue = set_flags(conntrack=on)
+        flow.send(b"payload")
+        (packet,) = queue.read(timeout=TIMEOUT)
+        assert (packet.conntrack is not None) == on
+
+    @pytest.mark.stock_kernel
+    @pytest.mark.parametrize("on", [True, False])
+    def test_secctx(
+        self,
+        set_flags: Callable[..., NetfilterQueue],
+        queued: Callable[..., UdpFlow],
+        rules: Callable[..., Rule],
+        on: bool,
+    ) -> None:
+        # To AppArmor, which Debian's kernel starts with, this is the name of no restriction.
+        label = ("-j", "SECMARK", "--selctx", "unconfined")
+        rules("OUTPUT", "-p", "udp", "-m", "mark", "--mark", 7, *label, table="mangle")
+        flow = queued(chain="OUTPUT")
+        queue = set_flags(secctx=on)
+        flow.send(b"unlabelled")
+        flow.sender.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, 7)
+        flow.send(b"labelled")
+        packets = [*queue.read(1, timeout=TIMEOUT), *queue.read(1, timeout=TIMEOUT)]
+        assert [packet.secctx for packet in packets] == [None, "unconfined" if on else None]
 
     @pytest.mark.parametrize("on", [True, False])
     def test_fail_open_accepts_what_a_full_queue_cannot_hold(
