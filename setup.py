@@ -14,6 +14,7 @@ from setuptools.command.build_ext import build_ext
 
 PACKAGE = "netfilterqueue"
 MODULES = (
+    "_uapi",
     "_netns",
     "_signals",
     "_channel",

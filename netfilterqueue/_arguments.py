@@ -8,10 +8,26 @@ import operator
 import os
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 
+from netfilterqueue._uapi import (
+    NFQA_CFG_F_CONNTRACK,
+    NFQA_CFG_F_FAIL_OPEN,
+    NFQA_CFG_F_GSO,
+    NFQA_CFG_F_SECCTX,
+    NFQA_CFG_F_UID_GID,
+)
 from netfilterqueue.constants import Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+# What a queue can be asked for besides, by the names of bind()'s arguments.
+FLAGS = {
+    "fail_open": NFQA_CFG_F_FAIL_OPEN,
+    "gso": NFQA_CFG_F_GSO,
+    "conntrack": NFQA_CFG_F_CONNTRACK,
+    "uid_gid": NFQA_CFG_F_UID_GID,
+    "secctx": NFQA_CFG_F_SECCTX,
+}
 
 COPY_MODES = ("COPY_NONE", "COPY_META", "COPY_PACKET")
 ENOBUFS_MODES = ("ENOBUFS_RAISE", "ENOBUFS_HANDLE", "ENOBUFS_DISABLE")
@@ -108,7 +124,8 @@ def require_function(name: str, value: Any, argument: str) -> None:
     """TypeError unless it can be called with each packet, and does all of its work then."""
     if not callable(value):
         raise TypeError(f"{name} must be callable with one argument, {argument}; got {value!r}")
-    if inspect.iscoroutinefunction(value):
+    # An object's own __call__ can be one, too.
+    if any(map(inspect.iscoroutinefunction, (value, type(value).__call__))):
         raise TypeError(
             f"{name} is a coroutine function, which nobody would await: use a plain function, or "
             "take packets by `async for`"

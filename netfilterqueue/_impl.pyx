@@ -15,10 +15,7 @@ from netfilterqueue._outbox cimport NO_DEFAULT, Outbox
 from netfilterqueue._packet cimport Packet
 from netfilterqueue._receiver cimport Limits, Pulling, Receiver, limits_of
 from netfilterqueue._signals cimport end_watch
-from netfilterqueue._uapi cimport (
-    NFQA_CFG_F_CONNTRACK, NFQA_CFG_F_FAIL_OPEN, NFQA_CFG_F_GSO, NFQA_CFG_F_SECCTX,
-    NFQA_CFG_F_UID_GID, close, getpid, nlmsghdr,
-)
+from netfilterqueue._uapi cimport close, getpid, nlmsghdr
 
 import atexit
 import contextlib
@@ -33,22 +30,13 @@ from netfilterqueue._advice import (
     bind_refused, bind_unanswered, flags_lacking, refused, unbind_refused,
 )
 from netfilterqueue._arguments import (
-    MAX_INT, MAX_UINT32, check_bind, copy_mode, integer, require_function,
+    FLAGS, MAX_INT, MAX_UINT32, check_bind, copy_mode, integer, require_function,
 )
 from netfilterqueue._netns import open_socket
 from netfilterqueue.constants import Verdict
 from netfilterqueue.stats import QueueStats, queues_beside
 
 BUFFER_SIZE = COMPILED_BUFFER_SIZE
-
-# What a queue can be asked for besides, by the names of bind()'s arguments.
-FLAGS = {
-    "fail_open": NFQA_CFG_F_FAIL_OPEN,
-    "gso": NFQA_CFG_F_GSO,
-    "conntrack": NFQA_CFG_F_CONNTRACK,
-    "uid_gid": NFQA_CFG_F_UID_GID,
-    "secctx": NFQA_CFG_F_SECCTX,
-}
 
 # The verdicts that no callback can return.
 cdef uint32_t STOLEN = Verdict.STOLEN

@@ -27,15 +27,8 @@ import weakref
 
 from netfilterqueue import constants
 from netfilterqueue._advice import bind_refused, bind_unanswered, refused, unbind_refused
-from netfilterqueue._arguments import MAX_UINT32, copy_mode, integer, require_function
-from netfilterqueue._impl import FLAGS
+from netfilterqueue._arguments import FLAGS, MAX_UINT32, copy_mode, integer, require_function
 from netfilterqueue.constants import Verdict
-
-NFQA_CFG_F_FAIL_OPEN = FLAGS["fail_open"]
-NFQA_CFG_F_CONNTRACK = FLAGS["conntrack"]
-NFQA_CFG_F_GSO = FLAGS["gso"]
-NFQA_CFG_F_UID_GID = FLAGS["uid_gid"]
-NFQA_CFG_F_SECCTX = FLAGS["secctx"]
 
 cdef uint32_t QUEUE = Verdict.QUEUE
 cdef uint32_t STOLEN = Verdict.STOLEN

@@ -1,6 +1,7 @@
 """Declarations of the kernel's headers, POSIX, libmnl and libnetfilter_queue.
 
-Declarations only: every number comes from the header that defines it.
+Declarations only: every number comes from the header that defines it. Those declared as ``cpdef``
+are there for modules in Python, too: ``from netfilterqueue._uapi import NFQA_MARK``.
 """
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from posix.types cimport pid_t
@@ -56,12 +57,6 @@ cdef extern from "<sys/socket.h>" nogil:
     ssize_t send(int fd, const void *data, size_t length, int flags)
     ssize_t recv(int fd, void *buffer, size_t length, int flags)
     int recvmmsg(int fd, mmsghdr *messages, unsigned int count, int flags, timespec *timeout)
-
-
-cdef extern from "<net/if.h>" nogil:
-    enum:
-        IF_NAMESIZE
-    char *if_indextoname(unsigned int index, char *name)
 
 
 cdef extern from "<poll.h>" nogil:
@@ -241,6 +236,8 @@ cdef extern from "<linux/netlink.h>" nogil:
         NLMSG_NOOP
         NLMSG_ERROR
         NLMSG_MIN_TYPE
+
+    cpdef enum:
         NLA_F_NESTED
         NLA_TYPE_MASK
 
@@ -253,8 +250,10 @@ cdef extern from "<linux/netfilter/nfnetlink.h>" nogil:
 
     enum:
         NFNETLINK_V0
-        NFNL_SUBSYS_QUEUE
         NFNL_SUBSYS_ULOG
+
+    cpdef enum:
+        NFNL_SUBSYS_QUEUE
 
 
 cdef extern from "<net/if.h>" nogil:
@@ -264,6 +263,8 @@ cdef extern from "<net/if.h>" nogil:
     struct ifreq:
         char ifr_name[IFNAMSIZ]
         int ifr_ifindex
+
+    char *if_indextoname(unsigned int index, char *name)
 
 
 cdef extern from "<linux/sock_diag.h>" nogil:
@@ -310,7 +311,6 @@ cdef extern from "<linux/netfilter/nfnetlink_queue.h>" nogil:
         uint32_t id
 
     enum:
-        NFQNL_MSG_PACKET
         NFQNL_MSG_VERDICT
         NFQNL_MSG_VERDICT_BATCH
         NFQNL_MSG_CONFIG
@@ -320,14 +320,18 @@ cdef extern from "<linux/netfilter/nfnetlink_queue.h>" nogil:
         NFQNL_CFG_CMD_PF_UNBIND
         NFQA_CFG_MASK
         NFQA_CFG_FLAGS
+        NFQA_UNSPEC
+        NFQA_VERDICT_HDR
+        NFQA_EXP
+
+    cpdef enum:
+        NFQNL_MSG_PACKET
         NFQA_CFG_F_FAIL_OPEN
         NFQA_CFG_F_CONNTRACK
         NFQA_CFG_F_GSO
         NFQA_CFG_F_UID_GID
         NFQA_CFG_F_SECCTX
-        NFQA_UNSPEC
         NFQA_PACKET_HDR
-        NFQA_VERDICT_HDR
         NFQA_MARK
         NFQA_TIMESTAMP
         NFQA_IFINDEX_INDEV
@@ -340,7 +344,6 @@ cdef extern from "<linux/netfilter/nfnetlink_queue.h>" nogil:
         NFQA_CT_INFO
         NFQA_CAP_LEN
         NFQA_SKB_INFO
-        NFQA_EXP
         NFQA_UID
         NFQA_GID
         NFQA_SECCTX
@@ -420,9 +423,31 @@ cdef extern from "<linux/netfilter.h>" nogil:
 
 
 cdef extern from "<linux/netfilter/nfnetlink_conntrack.h>" nogil:
-    enum:
+    cpdef enum:
+        CTA_TUPLE_ORIG
+        CTA_TUPLE_REPLY
+        CTA_STATUS
+        CTA_TIMEOUT
         CTA_MARK
+        CTA_ID
+        CTA_ZONE
         CTA_LABELS
+        CTA_TUPLE_IP
+        CTA_TUPLE_PROTO
+        CTA_TUPLE_ZONE
+        CTA_IP_V4_SRC
+        CTA_IP_V4_DST
+        CTA_IP_V6_SRC
+        CTA_IP_V6_DST
+        CTA_PROTO_NUM
+        CTA_PROTO_SRC_PORT
+        CTA_PROTO_DST_PORT
+        CTA_PROTO_ICMP_ID
+        CTA_PROTO_ICMP_TYPE
+        CTA_PROTO_ICMP_CODE
+        CTA_PROTO_ICMPV6_ID
+        CTA_PROTO_ICMPV6_TYPE
+        CTA_PROTO_ICMPV6_CODE
 
 
 cdef extern from "<arpa/inet.h>" nogil:

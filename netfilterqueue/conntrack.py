@@ -13,41 +13,40 @@ from dataclasses import dataclass
 from enum import Enum, IntFlag
 from typing import TYPE_CHECKING
 
+from netfilterqueue._uapi import (
+    CTA_ID,
+    CTA_IP_V4_DST,
+    CTA_IP_V4_SRC,
+    CTA_IP_V6_DST,
+    CTA_IP_V6_SRC,
+    CTA_LABELS,
+    CTA_MARK,
+    CTA_PROTO_DST_PORT,
+    CTA_PROTO_ICMP_CODE,
+    CTA_PROTO_ICMP_ID,
+    CTA_PROTO_ICMP_TYPE,
+    CTA_PROTO_ICMPV6_CODE,
+    CTA_PROTO_ICMPV6_ID,
+    CTA_PROTO_ICMPV6_TYPE,
+    CTA_PROTO_NUM,
+    CTA_PROTO_SRC_PORT,
+    CTA_STATUS,
+    CTA_TIMEOUT,
+    CTA_TUPLE_IP,
+    CTA_TUPLE_ORIG,
+    CTA_TUPLE_PROTO,
+    CTA_TUPLE_REPLY,
+    CTA_TUPLE_ZONE,
+    CTA_ZONE,
+    NLA_F_NESTED,
+    NLA_TYPE_MASK,
+)
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-# enum ctattr_type
-CTA_TUPLE_ORIG = 1
-CTA_TUPLE_REPLY = 2
-CTA_STATUS = 3
-CTA_TIMEOUT = 7
-CTA_MARK = 8
-CTA_ID = 12
-CTA_ZONE = 18
-CTA_LABELS = 22
-# enum ctattr_tuple
-CTA_TUPLE_IP = 1
-CTA_TUPLE_PROTO = 2
-CTA_TUPLE_ZONE = 3
-# enum ctattr_ip
-CTA_IP_V4_SRC = 1
-CTA_IP_V4_DST = 2
-CTA_IP_V6_SRC = 3
-CTA_IP_V6_DST = 4
-# enum ctattr_l4proto
-CTA_PROTO_NUM = 1
-CTA_PROTO_SRC_PORT = 2
-CTA_PROTO_DST_PORT = 3
-CTA_PROTO_ICMP_ID = 4
-CTA_PROTO_ICMP_TYPE = 5
-CTA_PROTO_ICMP_CODE = 6
-CTA_PROTO_ICMPV6_ID = 7
-CTA_PROTO_ICMPV6_TYPE = 8
-CTA_PROTO_ICMPV6_CODE = 9
-
 HEADER = struct.Struct("=HH")  # of an attribute: its length with this header, its type
-NLA_F_NESTED = 1 << 15
-NLA_TYPE_MASK = (1 << 14) - 1
+LABELS_SIZE = 16  # bytes
 
 Attributes = dict[int, bytes]
 
@@ -161,7 +160,7 @@ def decode(content: bytes, info: bytes | None) -> Conntrack:
         mark=number(found, CTA_MARK, 4) or 0,
         zone=number(found, CTA_ZONE, 2) or 0,
         timeout=number(found, CTA_TIMEOUT, 4),
-        labels=found.get(CTA_LABELS),
+        labels=sized(found, CTA_LABELS, LABELS_SIZE),
     )
 
 
@@ -202,9 +201,14 @@ def walk(content: bytes) -> Iterator[tuple[int, bytes]]:
         position += (length + 3) & ~3
 
 
-def number(found: Attributes, kind: int, size: int) -> int | None:
+def sized(found: Attributes, kind: int, size: int) -> bytes | None:
     value = found.get(kind, b"")
-    return int.from_bytes(value, "big") if len(value) == size else None
+    return value if len(value) == size else None
+
+
+def number(found: Attributes, kind: int, size: int) -> int | None:
+    value = sized(found, kind, size)
+    return None if value is None else int.from_bytes(value, "big")
 
 
 def either(found: Attributes, kind4: int, kind6: int, size: int) -> int | None:
@@ -214,8 +218,8 @@ def either(found: Attributes, kind4: int, kind6: int, size: int) -> int | None:
 
 def address(found: Attributes, kind4: int, kind6: int) -> str | None:
     for kind, family, size in ((kind4, socket.AF_INET, 4), (kind6, socket.AF_INET6, 16)):
-        value = found.get(kind, b"")
-        if len(value) == size:
+        value = sized(found, kind, size)
+        if value is not None:
             return socket.inet_ntop(family, value)
     return None
 
@@ -229,7 +233,13 @@ def encode(conntrack: Conntrack) -> bytes:
         (CTA_TIMEOUT, conntrack.timeout, 4),
         (CTA_MARK, conntrack.mark, 4),
     )
-    labels = b"" if conntrack.labels is None else attribute(CTA_LABELS, conntrack.labels)
+    labels = b""
+    if conntrack.labels is not None:
+        if len(conntrack.labels) != LABELS_SIZE:
+            raise ValueError(
+                f"labels has {len(conntrack.labels)} bytes, but must have {LABELS_SIZE}, or be None"
+            )
+        labels = attribute(CTA_LABELS, conntrack.labels)
     return (
         nested(CTA_TUPLE_ORIG, encode_tuple(conntrack.original))
         + nested(CTA_TUPLE_REPLY, encode_tuple(conntrack.reply))

@@ -8,15 +8,17 @@ reads the socket but for the kernel's answer to a request such as `create_queue`
 from __future__ import annotations
 
 from ._lowlevel import (
+    NetfilterQueueData,
+    NetfilterQueueHandle,
+    NetfilterQueueQueueHandle,
+    open,
+)
+from ._uapi import (
     NFQA_CFG_F_CONNTRACK,
     NFQA_CFG_F_FAIL_OPEN,
     NFQA_CFG_F_GSO,
     NFQA_CFG_F_SECCTX,
     NFQA_CFG_F_UID_GID,
-    NetfilterQueueData,
-    NetfilterQueueHandle,
-    NetfilterQueueQueueHandle,
-    open,
 )
 from .constants import COPY_META as NFQNL_COPY_META
 from .constants import COPY_NONE as NFQNL_COPY_NONE

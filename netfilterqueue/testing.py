@@ -28,6 +28,35 @@ from typing import TYPE_CHECKING
 from ._arguments import MAX_UINT32, integer, seconds
 from ._handmade import packets_from
 from ._sandbox import CommandFailed, Node, Rule, Sandbox, SandboxUnavailable
+from ._uapi import (
+    NFNL_SUBSYS_QUEUE,
+    NFQA_CAP_LEN,
+    NFQA_CGROUP_CLASSID,
+    NFQA_CT,
+    NFQA_CT_INFO,
+    NFQA_GID,
+    NFQA_HWADDR,
+    NFQA_IFINDEX_INDEV,
+    NFQA_IFINDEX_OUTDEV,
+    NFQA_IFINDEX_PHYSINDEV,
+    NFQA_IFINDEX_PHYSOUTDEV,
+    NFQA_L2HDR,
+    NFQA_MARK,
+    NFQA_PACKET_HDR,
+    NFQA_PAYLOAD,
+    NFQA_PRIORITY,
+    NFQA_SECCTX,
+    NFQA_SKB_CSUM_NOTVERIFIED,
+    NFQA_SKB_CSUMNOTREADY,
+    NFQA_SKB_GSO,
+    NFQA_SKB_INFO,
+    NFQA_TIMESTAMP,
+    NFQA_UID,
+    NFQA_VLAN,
+    NFQA_VLAN_PROTO,
+    NFQA_VLAN_TCI,
+    NFQNL_MSG_PACKET,
+)
 from .conntrack import attribute, encode
 from .constants import Hook
 from .vlan import Vlan
@@ -40,38 +69,23 @@ if TYPE_CHECKING:
 
 __all__ = ["CommandFailed", "Node", "Rule", "Sandbox", "SandboxUnavailable", "packet"]
 
-# Message and attribute types, of <linux/netfilter/nfnetlink.h> and .../nfnetlink_queue.h.
-PACKET_MESSAGE = 3 << 8 | 0  # NFNL_SUBSYS_QUEUE, NFQNL_MSG_PACKET
-NFQA_PACKET_HDR = 1
-NFQA_MARK = 3
-NFQA_TIMESTAMP = 4
-NFQA_IFINDEX_INDEV = 5
-NFQA_IFINDEX_OUTDEV = 6
-NFQA_IFINDEX_PHYSINDEV = 7
-NFQA_IFINDEX_PHYSOUTDEV = 8
-NFQA_HWADDR = 9
-NFQA_PAYLOAD = 10
-NFQA_CT = 11
-NFQA_CT_INFO = 12
-NFQA_CAP_LEN = 13
-NFQA_SKB_INFO = 14
-NFQA_UID = 16
-NFQA_GID = 17
-NFQA_SECCTX = 18
-NFQA_VLAN = 19
-NFQA_L2HDR = 20
-NFQA_PRIORITY = 21
-NFQA_CGROUP_CLASSID = 22
-NFQA_VLAN_PROTO = 1
-NFQA_VLAN_TCI = 2
-# Bits of NFQA_SKB_INFO.
-NFQA_SKB_CSUMNOTREADY = 1
-NFQA_SKB_GSO = 2
-NFQA_SKB_CSUM_NOTVERIFIED = 4
+# The attributes that are plain numbers, by the names of `packet`'s arguments.
+NUMBERS = {
+    "mark": NFQA_MARK,
+    "indev": NFQA_IFINDEX_INDEV,
+    "outdev": NFQA_IFINDEX_OUTDEV,
+    "physindev": NFQA_IFINDEX_PHYSINDEV,
+    "physoutdev": NFQA_IFINDEX_PHYSOUTDEV,
+    "priority": NFQA_PRIORITY,
+    "cgroup_classid": NFQA_CGROUP_CLASSID,
+    "uid": NFQA_UID,
+    "gid": NFQA_GID,
+    "original_len": NFQA_CAP_LEN,
+    "skb_info": NFQA_SKB_INFO,
+}
 
-MAX_PAYLOAD = 65531
 MAX_HW = 8
-MAX_ATTRIBUTE = 65531
+MAX_ATTRIBUTE = 65531  # bytes: its length has 16 bits, and counts a header of 4
 MAX_TIMESTAMP = 253402300799.0  # the last second of the year 9999, where datetime ends
 # By IP version, the upper half of an IP packet's first byte.
 HW_PROTOCOLS = {4: 0x0800, 6: 0x86DD}
@@ -122,38 +136,34 @@ def packet(
 
     Raises TypeError and ValueError for what no packet can have.
     """
-    content = b"" if payload is None else some_bytes("payload", payload, MAX_PAYLOAD)
+    content = optional_bytes("payload", payload, MAX_ATTRIBUTE)
     if hw_protocol is None:
         hw_protocol = HW_PROTOCOLS.get(content[0] >> 4, 0) if content else 0
     names: dict[int, str] = {}
     # Like the kernel, this tells what there is and leaves out the rest, and the payload comes last.
     attributes = [
         packet_header(id, hw_protocol, hook),
-        number(NFQA_MARK, "mark", mark),
-        number(NFQA_IFINDEX_INDEV, "indev", named(names, indev, indev_name)),
-        number(NFQA_IFINDEX_OUTDEV, "outdev", named(names, outdev, outdev_name)),
-        number(NFQA_IFINDEX_PHYSINDEV, "physindev", named(names, physindev, physindev_name)),
-        number(NFQA_IFINDEX_PHYSOUTDEV, "physoutdev", named(names, physoutdev, physoutdev_name)),
-        number(NFQA_PRIORITY, "priority", priority),
-        number(NFQA_CGROUP_CLASSID, "cgroup_classid", cgroup_classid),
-        number(NFQA_UID, "uid", uid),
-        number(NFQA_GID, "gid", gid),
-        number(NFQA_CAP_LEN, "original_len", original_len),
-        skb_info(checksum_ready, checksum_verified, gso),
+        number("mark", mark),
+        number("indev", named(names, indev, indev_name)),
+        number("outdev", named(names, outdev, outdev_name)),
+        number("physindev", named(names, physindev, physindev_name)),
+        number("physoutdev", named(names, physoutdev, physoutdev_name)),
+        number("priority", priority),
+        number("cgroup_classid", cgroup_classid),
+        number("uid", uid),
+        number("gid", gid),
+        number("original_len", original_len),
+        number("skb_info", skb_info(checksum_ready, checksum_verified, gso)),
         time_stamp(timestamp),
         hardware_address(hw),
         security_context(secctx),
         vlan_tag(vlan),
         connection(conntrack),
+        some(NFQA_L2HDR, optional_bytes("l2_header", l2_header, MAX_ATTRIBUTE)),
+        some(NFQA_PAYLOAD, content),
     ]
-    if l2_header is not None:
-        header = some_bytes("l2_header", l2_header, MAX_ATTRIBUTE)
-        attributes.append(attribute(NFQA_L2HDR, header))
-    if content:
-        attributes.append(attribute(NFQA_PAYLOAD, content))
-    bridged = vlan is not None or l2_header is not None
-    queue_number = integer("queue_num", queue_num, 0, 0xFFFF)
-    message = packet_message(queue_number, b"".join(attributes), bridged)
+    family = socket.AF_UNSPEC if vlan is None and l2_header is None else socket.AF_BRIDGE
+    message = packet_message(family, queue_num, b"".join(attributes))
     packets: list[Packet]
     packets, _ = packets_from([message], interfaces=names)
     return packets[0]
@@ -169,14 +179,14 @@ def packet_header(id: int, hw_protocol: int, hook: int) -> bytes:
     return attribute(NFQA_PACKET_HDR, header)
 
 
-def number(kind: int, name: str, value: int | None) -> bytes:
+def number(name: str, value: int | None) -> bytes:
     if value is None:
         return b""
     checked = integer(name, value, 0, MAX_UINT32)
     # Zero is a user and a group; of the others, the kernel does not send it.
-    if not checked and kind not in {NFQA_UID, NFQA_GID}:
+    if not checked and name not in {"uid", "gid"}:
         return b""
-    return attribute(kind, struct.pack("!I", checked))
+    return attribute(NUMBERS[name], struct.pack("!I", checked))
 
 
 def named(names: dict[int, str], index: int, name: str | None) -> int:
@@ -187,11 +197,11 @@ def named(names: dict[int, str], index: int, name: str | None) -> int:
     return index
 
 
-def skb_info(checksum_ready: bool, checksum_verified: bool, gso: bool) -> bytes:
-    bits = 0 if checksum_ready else NFQA_SKB_CSUMNOTREADY
+def skb_info(checksum_ready: bool, checksum_verified: bool, gso: bool) -> int:
+    bits: int = 0 if checksum_ready else NFQA_SKB_CSUMNOTREADY
     bits |= 0 if checksum_verified else NFQA_SKB_CSUM_NOTVERIFIED
     bits |= NFQA_SKB_GSO if gso else 0
-    return number(NFQA_SKB_INFO, "skb_info", bits)
+    return bits
 
 
 def time_stamp(timestamp: float) -> bytes:
@@ -202,9 +212,9 @@ def time_stamp(timestamp: float) -> bytes:
 
 
 def hardware_address(hw: Buffer | None) -> bytes:
-    if hw is None:
+    address = optional_bytes("hw", hw, MAX_HW)
+    if not address:
         return b""
-    address = some_bytes("hw", hw, MAX_HW)
     return attribute(NFQA_HWADDR, struct.pack("!Hxx8s", len(address), address))
 
 
@@ -214,7 +224,8 @@ def security_context(secctx: str | None) -> bytes:
     if not isinstance(secctx, str):
         raise TypeError(f"secctx must be a str, not {type(secctx).__name__}")
     # As the kernel has it, with a zero at its end.
-    return attribute(NFQA_SECCTX, some_bytes("secctx", os.fsencode(secctx) + b"\0", MAX_ATTRIBUTE))
+    context = os.fsencode(secctx) + b"\0"
+    return some(NFQA_SECCTX, optional_bytes("secctx", context, MAX_ATTRIBUTE))
 
 
 def vlan_tag(vlan: tuple[int, int] | None) -> bytes:
@@ -235,7 +246,10 @@ def connection(conntrack: Conntrack | None) -> bytes:
     return content
 
 
-def some_bytes(name: str, value: Buffer, longest: int) -> bytes:
+def optional_bytes(name: str, value: Buffer | None, longest: int) -> bytes:
+    """The value, 1 to so many bytes; empty for None."""
+    if value is None:
+        return b""
     try:
         content = bytes(memoryview(value))
     except TypeError:
@@ -247,8 +261,13 @@ def some_bytes(name: str, value: Buffer, longest: int) -> bytes:
     return content
 
 
-def packet_message(queue_num: int, attributes: bytes, bridged: bool) -> bytes:
-    family = socket.AF_BRIDGE if bridged else socket.AF_UNSPEC
-    family_header = struct.pack("!BBH", family, 0, queue_num)
-    length = 16 + len(family_header) + len(attributes)
-    return struct.pack("=IHHII", length, PACKET_MESSAGE, 0, 0, 0) + family_header + attributes
+def some(kind: int, value: bytes) -> bytes:
+    """An attribute, where it has a value."""
+    return attribute(kind, value) if value else b""
+
+
+def packet_message(family: int, queue_num: int, attributes: bytes) -> bytes:
+    number = integer("queue_num", queue_num, 0, 0xFFFF)
+    content = struct.pack("!BBH", family, 0, number) + attributes
+    kind = NFNL_SUBSYS_QUEUE << 8 | NFQNL_MSG_PACKET
+    return struct.pack("=IHHII", 16 + len(content), kind, 0, 0, 0) + content

@@ -184,6 +184,7 @@ def test_payload_stays_readable_as_if_retained() -> None:
         ),
         ({"vlan": (65536, 0)}, "vlan.proto is 65536, but must be from 0 to 65535"),
         ({"vlan": Vlan(0x8100, -1)}, "vlan.tci is -1, but must be from 0 to 65535"),
+        ({"conntrack": Conntrack(labels=b"1")}, "labels has 1 bytes, but must have 16, or be None"),
         ({"l2_header": b""}, "l2_header has 0 bytes, but must have 1 to 65531"),
         ({"timestamp": -0.5}, "timestamp is -0.5 seconds, but must be from 0 to"),
         ({"timestamp": float("nan")}, "timestamp is nan seconds, but must be from 0 to"),

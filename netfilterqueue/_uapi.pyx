@@ -1,0 +1,1 @@
+"""The numbers of the headers that modules in Python need."""
