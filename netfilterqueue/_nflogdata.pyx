@@ -10,12 +10,14 @@ from netfilterqueue._netlink cimport length_of, nested_in, read_be16, read_be32,
 from netfilterqueue._nflogformat cimport find, find_in, sized
 from netfilterqueue._threads cimport add_to_total, give_back, try_to_take
 from netfilterqueue._uapi cimport (
-    IF_NAMESIZE, NFULA_CT, NFULA_CT_INFO, NFULA_GID, NFULA_HWADDR, NFULA_HWHEADER, NFULA_HWTYPE,
+    IFNAMSIZ, NFULA_CT, NFULA_CT_INFO, NFULA_GID, NFULA_HWADDR, NFULA_HWHEADER, NFULA_HWTYPE,
     NFULA_IFINDEX_INDEV, NFULA_IFINDEX_OUTDEV, NFULA_IFINDEX_PHYSINDEV, NFULA_IFINDEX_PHYSOUTDEV,
     NFULA_MARK, NFULA_PACKET_HDR, NFULA_PAYLOAD, NFULA_PREFIX, NFULA_SEQ, NFULA_SEQ_GLOBAL,
     NFULA_TIMESTAMP, NFULA_UID, NFULA_VLAN, NFULA_VLAN_PROTO, NFULA_VLAN_TCI, if_indextoname,
     nfulnl_msg_packet_hdr, nfulnl_msg_packet_hw, nfulnl_msg_packet_timestamp, nlattr, nlmsghdr,
 )
+
+import os
 
 from netfilterqueue import conntrack
 from netfilterqueue.vlan import Vlan
@@ -106,7 +108,8 @@ cdef class NflogData:
     @property
     def indev(self):
         """The name of the interface that it came from, looked up now; None where there is none,
-        or none any more (NFULA_IFINDEX_INDEV)."""
+        or none any more (NFULA_IFINDEX_INDEV). It is looked up in the network namespace of the
+        handle, and once that is closed in that of the thread that asks."""
         return interface_in(self, NFULA_IFINDEX_INDEV)
 
     @property
@@ -164,7 +167,9 @@ cdef class NflogData:
         """The text that the rule gives its messages (NFULA_PREFIX). Bytes that are not UTF-8 are
         escaped as in os.fsdecode()."""
         prefix = bytes_in(self, NFULA_PREFIX)
-        return None if prefix is None else text_of(prefix.partition(b"\0")[0])
+        if prefix is None:
+            return None
+        return prefix.partition(b"\0")[0].decode("utf-8", "surrogateescape")
 
     @property
     def seq(self):
@@ -226,16 +231,16 @@ cdef object bytes_in(NflogData data, uint16_t kind):
 
 
 cdef object interface_in(NflogData data, uint16_t kind):
-    cdef char name[IF_NAMESIZE]
+    cdef char name[IFNAMSIZ]
     cdef uint32_t value
-    if (not copy_of(data, kind, &value, sizeof(value))
-            or if_indextoname(read_be32(&value), name) is NULL):
+    if not copy_of(data, kind, &value, sizeof(value)):
         return None
-    return text_of(name)
-
-
-cdef object text_of(bytes text):
-    return text.decode("utf-8", "surrogateescape")
+    with cython.critical_section(data.channel):
+        if data.channel.fd >= 0:
+            return data.channel.interface_name(read_be32(&value))
+    # The socket is no longer there to ask. Programs look at messages after their last read, and
+    # hardly any of them has a thread elsewhere.
+    return None if if_indextoname(read_be32(&value), name) is NULL else os.fsdecode(name)
 
 
 cdef NflogData lend(Channel channel, Slab slab, const nlmsghdr *message, size_t length):
@@ -248,6 +253,7 @@ cdef NflogData lend(Channel channel, Slab slab, const nlmsghdr *message, size_t 
     data.message = message
     data.length = length
     data.slab = slab
+    data.channel = channel
     slab.users += 1
     return data
 

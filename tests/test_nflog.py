@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import itertools
 import os
 import re
@@ -45,6 +46,8 @@ def sent(data: NflogData) -> bytes:
 
 
 # What the kernel tells
+
+CLONE_NEWNET = 0x40000000  # <linux/sched.h>
 
 HOOKS = {
     Hook.PREROUTING: ("forward", "PREROUTING", "raw"),
@@ -208,6 +211,23 @@ def test_bridge_family(
     assert data.payload[0] == 0x45
     assert data.hwhdr is not None
     assert data.hwhdr[:12] == destination + source
+
+
+def test_interfaces_are_those_of_the_namespace_of_the_handle(
+    log: Nflog, logged: Callable[..., UdpFlow]
+) -> None:
+    """Whatever thread asks."""
+    flood(logged("forward", chain="FORWARD"), 1)
+    data = next(iter(log))
+
+    def names_elsewhere() -> tuple[str | None, str | None]:
+        assert ctypes.CDLL(None).unshare(CLONE_NEWNET) == 0
+        assert [name for _, name in socket.if_nameindex()] == ["lo"]
+        return data.indev, data.outdev
+
+    expected = data.indev, data.outdev
+    assert None not in expected
+    assert in_thread(names_elsewhere).result(TIMEOUT) == expected
 
 
 # A kernel without the glue between conntrack and logs refuses the flag.
@@ -585,7 +605,7 @@ def test_closed_handle_hands_out_what_it_has_read(
     assert (log.getfd(), log.getgroup(), log.rcvbuf, log.queued) == (None, group, None, 5)
     data = log.next()
     assert data is not None
-    assert data.seq == 0
+    assert (data.seq, data.indev) == (0, "lo")
     assert [data.seq for data in itertools.islice(log, 2)] == [1, 2]
     seen: list[NflogData] = []
     log.loop(seen.append)
