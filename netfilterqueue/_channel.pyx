@@ -481,6 +481,8 @@ cdef class Channel:
     cdef int forget_threads(self) except -1:
         """After a fork, in the child: the other threads are the parent's."""
         self.readers = self.reading = self.waiters = 0
+        # One that such a thread was reading into would never be given back.
+        self.slabs = []
         self.foreign.clear()
         self.make_locks()
         return 0

@@ -52,7 +52,8 @@ cdef enum:
 
 
 cdef class NetfilterQueue(Receiver):
-    """A queue of packets that iptables' NFQUEUE target (or nftables' queue) hands to this program.
+    """NetfilterQueue(*, af=2, sockfd=-1, netns=None)\n--\n\nA queue of packets that iptables'
+    NFQUEUE target (or nftables' queue) hands to this program.
 
     ``bind`` to a queue number, ``run`` a callback for each packet, ``unbind``. In a subclass,
     overriding ``handle`` does instead of a callback. As a context manager it closes itself.
@@ -341,17 +342,13 @@ cdef class NetfilterQueue(Receiver):
         Does nothing if the queue is not bound. Can be called from any thread, from the callback
         and from signal handlers. Raises OSError if the kernel refuses.
         """
-        cdef Outbox outbox
         with self.transition:
             with cython.critical_section(self):
-                outbox = self.outbox
-                if outbox is None:
+                if self.outbox is None:
                     return
-                self.outbox = None
                 try:
-                    outbox.close()
+                    self.end_binding()
                 finally:
-                    self.count_verdicts(outbox)
                     self.forget_batches()
                     self.release_queue()
 
@@ -385,14 +382,11 @@ cdef class NetfilterQueue(Receiver):
 
     @cython.critical_section
     cdef int begin_to_close(self) except -1:
-        cdef Outbox outbox = self.outbox
         self.is_closed = True
         self.callback = None
-        if outbox is not None and self.bound_by != getpid():
-            self.outbox = None
+        if self.outbox is not None and self.bound_by != getpid():
             self.forget_batches()
-            outbox.close()
-            self.count_verdicts(outbox)
+            self.end_binding()
         return 0
 
     # Receiving
@@ -546,10 +540,6 @@ cdef class NetfilterQueue(Receiver):
         """What was counted since this object was made, as ``netfilterqueue.stats.QueueStats``."""
         cdef uint64_t malformed = self.tally.skipped.malformed
         cdef uint64_t overruns = 0
-        cdef uint64_t abandoned = self.abandoned
-        cdef Outbox outbox = self.outbox
-        if outbox is not None:
-            abandoned += outbox.waiting.abandoned
         if self.channel is not None:
             malformed += self.channel.malformed
             overruns = self.channel.lost_to_overruns()
@@ -558,8 +548,10 @@ cdef class NetfilterQueue(Receiver):
             bytes=self.tally.bytes,
             batches=self.tally.batches,
             truncated=self.tally.truncated,
-            verdicts=self.verdicts_given(),
-            abandoned=abandoned,
+            # It cannot be given.
+            verdicts={verdict: self.verdicts_given(verdict) for verdict in Verdict
+                      if verdict != Verdict.STOLEN},
+            abandoned=self.packets_abandoned(),
             verdict_errors=dict(self.verdict_errors),
             request_errors=self.request_errors,
             overruns=overruns,
@@ -569,19 +561,6 @@ cdef class NetfilterQueue(Receiver):
             unread_attributes=self.tally.skipped.unread_attributes,
             kernel=self.kernel_queue(),
         )
-
-    cdef dict verdicts_given(self):
-        cdef Outbox outbox = self.outbox
-        cdef int kind
-        cdef dict counts = {}
-        for verdict in Verdict:
-            kind = verdict
-            counts[verdict] = self.given[kind]
-            if outbox is not None:
-                counts[verdict] += outbox.waiting.given[kind]
-        # It cannot be given.
-        del counts[Verdict.STOLEN]
-        return counts
 
     cdef object kernel_queue(self):
         """The kernel's row of the queue; None where it is not bound, or that cannot be read."""

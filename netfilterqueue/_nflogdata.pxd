@@ -9,7 +9,6 @@ cdef class NflogData:
     cdef size_t length              # of the message, bytes
     cdef Slab slab                  # that it is in; None once it is a copy of our own
     cdef void **place               # in slab.lent; each of them counts among slab.users
-    cdef Channel channel            # that it came by: it knows interfaces
 
 
 cdef NflogData lend(Channel channel, Slab slab, const nlmsghdr *message, size_t length)

@@ -24,6 +24,7 @@ cdef class Receiver:
     methods is in it; those that wait for packets, begin or end a call enter it themselves."""
     cdef Channel channel        # None until it is needed: a subclass may never call __init__
     cdef Outbox outbox          # of the present binding; None: not bound
+    cdef Outbox ending          # of one whose counts are not yet among those of earlier bindings
     cdef Batch first            # batches with packets that wait to be handed out, a linked list
     cdef Batch last             # the end of that list, or the last one that was
     cdef list pulled            # the two latest slabs that packets were pulled from: its users too
@@ -61,7 +62,9 @@ cdef class Receiver:
     cdef int take(self, Slab slab, Outbox outbox) except -1
     cdef int append(self, Batch batch) except -1
     cdef int take_arrived(self) except -1
-    cdef int count_verdicts(self, Outbox outbox) except -1
+    cdef int end_binding(self) except -1
+    cdef uint64_t verdicts_given(self, int kind) noexcept
+    cdef uint64_t packets_abandoned(self) noexcept
     cdef int note_refusals(self, Outbox outbox) except -1
     cdef int forget_batches(self) except -1
 

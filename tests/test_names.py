@@ -157,6 +157,18 @@ def test_bind_has_the_classic_order_of_arguments_and_their_defaults() -> None:
 
 
 @pytest.mark.parametrize("cls", [NetfilterQueue, Packet])
+def test_help_shows_signatures(cls: type) -> None:
+    methods = [value for name, value in vars(cls).items() if not name.startswith("_")]
+    assert [one for one in methods if callable(one) and not inspect.signature(one)] == []
+
+
+def test_signature_of_the_constructor_is_the_one_that_it_has() -> None:
+    shown = inspect.signature(NetfilterQueue)
+    assert str(shown) == "(*, af=2, sockfd=-1, netns=None)"
+    NetfilterQueue(**{name: one.default for name, one in shown.parameters.items()}).close()
+
+
+@pytest.mark.parametrize("cls", [NetfilterQueue, Packet])
 def test_help_speaks_of_every_public_name(cls: type) -> None:
     public = [value for name, value in vars(cls).items() if not name.startswith(("_", "COPY_"))]
     assert public

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import os
 import socket
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -23,8 +24,11 @@ from netfilterqueue import COPY_META, NetfilterQueue, Packet, Verdict, stats
 from netfilterqueue.stats import kernel_queues
 from support import (
     RECEIVE_BUFFER,
+    TIMEOUT,
+    in_thread,
     numbered,
     run_until,
+    wait_until,
     without_net_admin,
 )
 
@@ -123,6 +127,31 @@ class TestStats:
             assert found.kernel is None
         queue.close()
         assert queue.stats() == found
+
+    def test_they_never_go_back(
+        self, queued: Callable[..., UdpFlow], queue: NetfilterQueue, queue_num: int
+    ) -> None:
+        """Not while another thread unbinds, either, and sends what is pending first."""
+        flow = queued()
+        counts = []
+        ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.is_set():
+                counts.append(queue.stats().verdicts[Verdict.ACCEPT])
+
+        watching = in_thread(watch)
+        for expected in range(99, 1000, 99):
+            queue.bind(queue_num, sock_len=RECEIVE_BUFFER, batch=100, verdict_delay=60)
+            flow.send(*numbered(100))
+            *packets, _ = queue.read()
+            for packet in packets:
+                packet.accept()
+            wait_until(lambda: counts[-1:] == [expected])  # noqa: B023
+            queue.unbind()
+        ended.set()
+        watching.result(TIMEOUT)
+        assert counts == sorted(counts)
 
     def test_verdicts_that_the_kernel_refuses(
         self, queued_udp: Callable[..., QueuedUdp], queue_num: int
