@@ -25,7 +25,7 @@ import socket
 import struct
 from typing import TYPE_CHECKING
 
-from ._arguments import MAX_UINT32, integer, seconds
+from ._arguments import MAX_UINT32, bytes_of, integer, seconds
 from ._handmade import packets_from
 from ._sandbox import CommandFailed, Node, Rule, Sandbox, SandboxUnavailable
 from ._uapi import (
@@ -250,10 +250,7 @@ def optional_bytes(name: str, value: Buffer | None, longest: int) -> bytes:
     """The value, 1 to so many bytes; empty for None."""
     if value is None:
         return b""
-    try:
-        content = bytes(memoryview(value))
-    except TypeError:
-        raise TypeError(f"{name} must be bytes-like, not {type(value).__name__}") from None
+    content = bytes_of(name, value)
     if not 1 <= len(content) <= longest:
         raise ValueError(
             f"{name} has {len(content)} bytes, but must have 1 to {longest}, or be None"

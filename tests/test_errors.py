@@ -35,6 +35,10 @@ async def decide(packet: Packet) -> None:
     packet.accept()
 
 
+class Deciding:
+    __call__ = decide
+
+
 class TestArguments:
     """A refused argument is named with its value and range, before anything is sent."""
 
@@ -82,6 +86,7 @@ class TestArguments:
             ({"user_callback": 7}, "the callback must be callable with one argument, the packet"),
             ({"user_callback": decide}, "the callback is a coroutine function, which nobody would"),
             ({"user_callback": functools.partial(decide)}, "take packets by `async for`"),
+            ({"user_callback": Deciding()}, "the callback is a coroutine function"),
             ({"callback": ignore}, "user_callback and callback are the same argument"),
             ({"verdict_delay": "1"}, "verdict_delay must be a number of seconds, not str"),
         ],

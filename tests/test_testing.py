@@ -199,9 +199,9 @@ def test_value_that_no_packet_has_is_refused(arguments: dict[str, Any], complain
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ({"payload": "text"}, "payload must be bytes-like, not str"),
-        ({"payload": 20}, "payload must be bytes-like, not int"),
-        ({"hw": "02:00:00:00:00:01"}, "hw must be bytes-like, not str"),
+        ({"payload": "text"}, "payload must be a bytes-like object, not 'str'"),
+        ({"payload": 20}, "payload must be a bytes-like object, not 'int'"),
+        ({"hw": "02:00:00:00:00:01"}, "hw must be a bytes-like object, not 'str'"),
         ({"mark": ""}, "mark must be an integer, not str"),
         ({"secctx": b"ssh_t"}, "secctx must be a str, not bytes"),
         ({"mark": "7"}, "mark must be an integer, not str"),
