@@ -169,16 +169,18 @@ cdef class Receiver:
         cdef bytes datagram
         cdef int step
         while True:
+            # No `continue` in it: Cython would keep a reference.
             with cython.critical_section(self):
                 step = self.next_step(outbox, limits)
                 if step == LEAVE:
                     return None
-                if step == HAND_OUT:
-                    packet = self.next_packet()
-                    if packet is not None:
-                        return packet
-                    continue
-                self.channel.begin_foreign()
+                packet = self.next_packet() if step == HAND_OUT else None
+                if packet is not None:
+                    return packet
+                if step != HAND_OUT:
+                    self.channel.begin_foreign()
+            if step == HAND_OUT:
+                continue
             datagram = self.receive_from(sock)
             if datagram is None:
                 continue
