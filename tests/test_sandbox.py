@@ -457,6 +457,35 @@ def test_fixture(nfqueue_sandbox):
         assert program.run() == "False\n"
 
 
+class TestThisSuite:
+    """What the suite itself does where namespaces are forbidden."""
+
+    @pytest.mark.parametrize(
+        ("required", "status", "outcome"),
+        [("0", 0, "1 passed, 1 skipped"), ("1", pytest.ExitCode.USAGE_ERROR, "ERROR: No sandbox")],
+    )
+    def test_skips_what_needs_them_or_fails_as_a_whole(
+        self, fresh: Sandbox, tmp_path: Path, required: str, status: int, outcome: str
+    ) -> None:
+        tmp_path.joinpath("test_two.py").write_text(
+            "def test_real(router): pass\ndef test_other(): pass\n", encoding="ascii"
+        )
+        search = [str(Path(__file__).parent), *sys.path]
+        program = Program(
+            fresh.router,
+            FORBID_NAMESPACES + "import pytest, sys; sys.exit(pytest.main(sys.argv[1:]))",
+            *("-p", "conftest", "-p", "no:cacheprovider", "-rs", str(tmp_path)),
+            env={
+                "PYTHONPATH": os.pathsep.join(search),
+                "NETFILTERQUEUE_REQUIRE_NAMESPACES": required,
+            },
+        )
+        assert program.wait(timeout=30) == status
+        program.close()
+        assert outcome in program.output
+        assert "max_user_namespaces" in program.output
+
+
 class TestNothingLeft:
     """The check that follows each test."""
 
