@@ -550,7 +550,7 @@ cdef class NetfilterQueue(Receiver):
             truncated=self.tally.truncated,
             # It cannot be given.
             verdicts={verdict: self.verdicts_given(verdict) for verdict in Verdict
-                      if verdict != Verdict.STOLEN},
+                      if verdict != STOLEN},
             abandoned=self.packets_abandoned(),
             verdict_errors=dict(self.verdict_errors),
             request_errors=self.request_errors,
