@@ -548,7 +548,7 @@ cdef class NetfilterQueue(Receiver):
             bytes=self.tally.bytes,
             batches=self.tally.batches,
             truncated=self.tally.truncated,
-            # It cannot be given.
+            # One cannot be given.
             verdicts={verdict: self.verdicts_given(verdict) for verdict in Verdict
                       if verdict != STOLEN},
             abandoned=self.packets_abandoned(),
