@@ -36,9 +36,19 @@ packages=(
     iproute2 iptables iputils-ping
 )
 
+# as_root COMMAND...: run it as root.
+as_root() {
+    if ((EUID == 0)); then
+        "$@"
+    else
+        command -v sudo >/dev/null || die "as root, run: $*"
+        sudo "$@"
+    fi
+}
+
 # install_packages PACKAGE...: those of these Debian packages that are missing.
 install_packages() {
-    local package as_root=() missing=()
+    local package missing=()
     if ! command -v apt-get >/dev/null; then
         say "not a Debian system: expecting what these packages hold: $*"
         return
@@ -48,12 +58,8 @@ install_packages() {
             missing+=("$package")
     done
     ((${#missing[@]} > 0)) || return 0
-    if ((EUID != 0)); then
-        command -v sudo >/dev/null || die "as root, run: apt-get install ${missing[*]}"
-        as_root=(sudo)
-    fi
     say "installing ${missing[*]}"
-    if ! "${as_root[@]}" apt-get update -q || ! "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
+    if ! as_root apt-get update -q || ! as_root env DEBIAN_FRONTEND=noninteractive \
         apt-get install -q --yes --no-install-recommends "${missing[@]}"; then
         die "could not install packages; as root, run: apt-get install ${missing[*]}"
     fi
@@ -133,14 +139,32 @@ build_without_warnings() {
     fi
 }
 
-# run_pytest ARGUMENT...: the suite against the library in $environment, started elsewhere than in the
-# checkout, whose package directory has no extension modules and must not be imported.
+# tests_named ARGUMENT...: arguments for a pytest that starts elsewhere than in the checkout: paths of it
+# made absolute, and the whole suite added where there is none. Sets $arguments.
+tests_named() {
+    local argument named=false
+    arguments=()
+    for argument; do
+        if [[ -e $root/${argument%%::*} ]]; then
+            argument=$root/$argument
+            named=true
+        fi
+        arguments+=("$argument")
+    done
+    $named || arguments+=("$root/tests")
+}
+
+# run_pytest ARGUMENT...: the suite, or what the arguments name of it, against the library in
+# $environment, started elsewhere than in the checkout, whose package directory has no extension modules
+# and must not be imported.
 run_pytest() {
+    local arguments
+    tests_named "$@"
     (
         cd "$environment"
         export NETFILTERQUEUE_REQUIRE_NAMESPACES=1 PYTHONPYCACHEPREFIX=$environment/pycache
         timeout --foreground --kill-after=10 20m bin/pytest \
             -c "$root/pyproject.toml" --rootdir "$root" -o cache_dir="$environment/pytest-cache" \
-            "$@" "$root/tests" </dev/null
+            "${arguments[@]}" </dev/null
     )
 }
