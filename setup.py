@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -46,6 +47,8 @@ DIRECTIVES = {
     "embedsignature.format": "clinic",
     "cdivision": True,  # C arithmetic on C integers; no hidden test for zero
     "auto_pickle": False,  # none of the types could be rebuilt from a pickle
+    # Before 3.14 nothing tells whether an object that another thread may be ending is alive.
+    "freethreading_compatible": sys.version_info >= (3, 14),
 }
 BUFFER_SIZES = range(4096, 1048576 + 1)
 

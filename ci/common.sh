@@ -80,6 +80,19 @@ if supported and not sysconfig.get_config_var("Py_GIL_DISABLED"):
     done | sort --version-sort --key=1,1 --unique
 }
 
+# free_threaded_python: the "VERSION PATH" of the newest one without a GIL; nothing if there is none.
+free_threaded_python() {
+    local candidate
+    for candidate in python3.{14..15}t ~/.pyenv/versions/*t/bin/python3; do
+        command -v "$candidate" >/dev/null || continue
+        "$candidate" -c '
+import os, sys, sysconfig
+if sys.version_info >= (3, 14) and sysconfig.get_config_var("Py_GIL_DISABLED"):
+    print("%d.%dt" % sys.version_info[:2], os.path.realpath(sys.executable))
+' 2>/dev/null || true
+    done | sort --version-sort --key=1,1 | tail --lines=1
+}
+
 # newest_python: its "VERSION PATH".
 newest_python() {
     local pythons

@@ -481,13 +481,20 @@ class Program:
     ) -> None:
         package = str(Path(netfilterqueue.__file__).parents[1])
         search = filter(None, (package, os.environ.get("PYTHONPATH")))
+        # gevent does not do without a GIL: where there is none by default, it has to be asked for.
+        switches = {"PYTHON_GIL": "1"} if "import gevent" in source else {}
         self.process = node.popen(
             [sys.executable, *python, "-c", textwrap.dedent(source), *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             cwd="/",  # else a `netfilterqueue` in the current directory would come first
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(search), **(env or {})},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(search),
+                **switches,
+                **(env or {}),
+            },
         )
         assert self.process.stdout is not None
         self._stdout = self.process.stdout

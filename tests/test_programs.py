@@ -334,6 +334,7 @@ class Worker:
 
 workers = [Worker(number) for number in (7, 8, 9)]
 try:
+    print("started")
     while True:
         time.sleep(1)
 except KeyboardInterrupt:
@@ -346,6 +347,7 @@ def test_several_queues_with_an_object_and_a_thread_each(
     start: Callable[..., Program], queued: Callable[..., UdpFlow]
 ) -> None:
     program = start(THREAD_PER_QUEUE, bound={7, 8, 9})
+    program.wait_for("started\n")
     flows = [queued(number=number) for number in (7, 8, 9)]
     payloads = [b"a", b"b", b"c"]
     for count, flow in enumerate(flows, 1):
@@ -353,6 +355,7 @@ def test_several_queues_with_an_object_and_a_thread_each(
     for count, flow in enumerate(flows, 1):
         assert flow.receive_all(count) == payloads[:count]
     assert interrupt(program) == [
+        "started",
         "queue 7: 1 packets",
         "queue 8: 2 packets",
         "queue 9: 3 packets",
