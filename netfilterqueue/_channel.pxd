@@ -86,6 +86,7 @@ cdef class Channel:
     cdef unsigned int slots     # of the slabs to be made
     cdef size_t slot_size       # bytes
     cdef list slabs             # a small pool; those with users are passed over
+    cdef Slab latest            # of these, the one read into last: its memory is in the cache
     cdef list arrived           # slabs with messages that came while an answer was awaited
     cdef list refusals          # (sequence number, errno) of messages that asked for no answer
     cdef bint nudged            # an acknowledgement that nobody awaits is in the socket
@@ -95,6 +96,7 @@ cdef class Channel:
 
     cdef uint32_t port_id(self) except? 0
     cdef int shape(self, unsigned int slots, size_t slot_size) except -1
+    cdef int forget_slabs(self) except -1
     cdef Slab spare_slab(self)
     cdef Slab receive(self, Watch *watch)
     cdef bint never_waits(self) except -1

@@ -233,19 +233,28 @@ cdef class Channel:
     cdef int shape(self, unsigned int slots, size_t slot_size) except -1:
         """Decide how many datagrams one read takes at the most, and how long each may be."""
         if slots != self.slots or slot_size != self.slot_size:
-            self.slabs = []
+            self.forget_slabs()
         self.slots = slots
         self.slot_size = slot_size
         return 0
 
+    cdef int forget_slabs(self) except -1:
+        self.slabs = []
+        self.latest = None
+        return 0
+
     cdef Slab spare_slab(self):
-        cdef Slab slab
+        cdef Slab slab = self.latest
+        if slab is not None and slab.is_idle():
+            return slab
         for slab in self.slabs:
             if slab.is_idle():
+                self.latest = slab
                 return slab
         slab = Slab(self.slots, self.slot_size)
         if len(self.slabs) < POOLED_SLABS:
             self.slabs.append(slab)
+            self.latest = slab
         return slab
 
     cdef Slab receive(self, Watch *watch):
@@ -539,7 +548,7 @@ cdef class Channel:
         cdef int fd = self.fd
         self.lost_to_overruns()
         self.fd = -1
-        self.slabs = []
+        self.forget_slabs()
         if fd >= 0:
             if DEBUG:
                 add_to_total(&alive_now.descriptors, -1)

@@ -31,7 +31,6 @@ cdef struct Waiting:
     int fd                      # -1: there is no kernel, sending does nothing
     char *fill                  # messages, one after the other
     size_t length               # bytes in it
-    size_t count                # messages in it
     size_t capacity
     char *spare                 # being sent, or idle
     size_t spare_capacity
@@ -70,9 +69,15 @@ cdef class Outbox:
     cdef bint add(self, uint16_t queue_num, uint32_t id, const Decision *decision,
                   int *undecided, uint64_t *flight) except -1
     cdef int flush(self) except -1
+    cdef int finish(self) except -1
     cdef int raise_late_error(self) except -1
     cdef int postpone(self, int error) noexcept
     cdef bint cares_for(self, uint32_t forks) noexcept
     cdef bint failed(self, uint64_t flight) noexcept
     cdef int refused(self, uint32_t sequence, int error) noexcept
     cdef int close(self) except -1
+
+
+cdef inline bint unsettled(Outbox outbox) noexcept:
+    """Whether flush() or raise_late_error() have anything to do: for those who ask often."""
+    return outbox.waiting.length or outbox.waiting.late_error

@@ -79,8 +79,9 @@ cdef class Outbox:
 
     cdef bint add(self, uint16_t queue_num, uint32_t id, const Decision *decision, int *undecided,
                   uint64_t *flight) except -1:
-        """Take a verdict in. True: the caller must call flush() as soon as it has noted that the
-        packet is decided. Keeps the GIL, so that nobody decides the same packet meanwhile.
+        """Take a verdict in, or send it if that is all there is to send. True: the caller must call
+        finish() as soon as it has noted that the packet is decided. Keeps the GIL, so that nobody
+        decides the same packet meanwhile.
 
         ``undecided`` counts the packets of the same read that wait for a verdict, this one
         included; ``flight`` receives the number by which failed() tells whether it was sent.
@@ -88,6 +89,14 @@ cdef class Outbox:
         cdef size_t size = decision_size(decision)
         cdef Waiting *waiting = self.waiting
         cdef bint now
+        # Nobody else adds anything without the GIL, nor sends anything without the wire.
+        if (undecided[0] <= 1 and not waiting.length and size <= waiting.capacity
+                and pthread_mutex_trylock(&waiting.wire) == 0):
+            flight[0] = waiting.flight
+            undecided[0] -= 1
+            now = send_alone(waiting, queue_num, id, decision)
+            pthread_mutex_unlock(&waiting.wire)
+            return now
         pthread_mutex_lock(&waiting.lock)
         if not reserve(waiting, size):
             pthread_mutex_unlock(&waiting.lock)
@@ -103,7 +112,6 @@ cdef class Outbox:
                 pthread_cond_signal(&waiting.wakeup)
         waiting.length += encode_verdict(waiting.fill + waiting.length, queue_num, id, decision,
                                          sequence_of(waiting.flight))
-        waiting.count += 1
         waiting.given[decision.verdict % VERDICTS] += 1
         pthread_mutex_unlock(&waiting.lock)
         return now
@@ -114,17 +122,17 @@ cdef class Outbox:
         cdef int error
         if not waiting.length:
             return 0
-        # Next to the send of a single verdict, to give the GIL up and to take it back is dear: both
-        # are a good part of a packet's round trip. But nobody waits for the wire with the GIL held.
-        if waiting.count == 1 and pthread_mutex_trylock(&waiting.wire) == 0:
-            error = send_over_wire(waiting, False)
-            pthread_mutex_unlock(&waiting.wire)
-        else:
-            with nogil:
-                error = send_pending(waiting, False)
+        with nogil:
+            error = send_pending(waiting, False)
         if error:
             raise verdicts_not_sent(error)
         return 1
+
+    cdef int finish(self) except -1:
+        """What add() asks for."""
+        if not self.flush():
+            self.raise_late_error()
+        return 0
 
     cdef int raise_late_error(self) except -1:
         """Raise the error of a send that no caller waited for."""
@@ -216,21 +224,33 @@ cdef bint reserve(Waiting *waiting, size_t size) noexcept nogil:
     return True
 
 
+# Next to the send of a single verdict, to give the GIL up and to take it back is dear: both are a
+# good part of a packet's round trip. So are locks, and code that is not in the cache by then.
+
+cdef bint send_alone(Waiting *waiting, uint16_t queue_num, uint32_t id,
+                     const Decision *decision) noexcept nogil:
+    """Send a verdict for who holds the GIL and `wire`, while nothing else is pending. True: it
+    failed, which the next caller raises."""
+    cdef size_t length = encode_verdict(waiting.fill, queue_num, id, decision,
+                                        sequence_of(waiting.flight))
+    cdef int error = transmit(waiting.fd, waiting.fill, length)
+    waiting.given[decision.verdict % VERDICTS] += 1
+    if error:
+        pthread_mutex_lock(&waiting.lock)
+        waiting.late_error = error
+        note_failure(waiting, waiting.flight)
+        pthread_mutex_unlock(&waiting.lock)
+    waiting.flight += 1
+    return error != 0
+
+
 cdef int send_pending(Waiting *waiting, bint late) noexcept nogil:
     """Send what is pending; 0 or errno, which ``late`` leaves for the next caller to raise."""
-    cdef int error
-    pthread_mutex_lock(&waiting.wire)
-    error = send_over_wire(waiting, late)
-    pthread_mutex_unlock(&waiting.wire)
-    return error
-
-
-cdef int send_over_wire(Waiting *waiting, bint late) noexcept nogil:
-    """The same for who holds the lock `wire`."""
     cdef char *messages
     cdef size_t length
     cdef uint64_t flight
     cdef int error = 0
+    pthread_mutex_lock(&waiting.wire)
     pthread_mutex_lock(&waiting.lock)
     messages = waiting.fill
     length = waiting.length
@@ -240,15 +260,11 @@ cdef int send_over_wire(Waiting *waiting, bint late) noexcept nogil:
     waiting.spare = messages
     waiting.capacity, waiting.spare_capacity = waiting.spare_capacity, waiting.capacity
     waiting.length = 0
-    waiting.count = 0
     if length:
         waiting.flight = flight + 1
     pthread_mutex_unlock(&waiting.lock)
-    while length and waiting.fd >= 0 and send(waiting.fd, messages, length, MSG_NOSIGNAL) < 0:
-        error = errno
-        if error != EINTR:
-            break
-        error = 0
+    if length:
+        error = transmit(waiting.fd, messages, length)
     if error:
         pthread_mutex_lock(&waiting.lock)
         if late:
@@ -256,7 +272,17 @@ cdef int send_over_wire(Waiting *waiting, bint late) noexcept nogil:
             waiting.late_error = error
         note_failure(waiting, flight)
         pthread_mutex_unlock(&waiting.lock)
+    pthread_mutex_unlock(&waiting.wire)
     return error
+
+
+cdef int transmit(int fd, const char *messages, size_t length) noexcept nogil:
+    """0 or errno. Without a kernel, for packets made by hand, it always succeeds."""
+    if fd >= 0:
+        while send(fd, messages, length, MSG_NOSIGNAL) < 0:
+            if errno != EINTR:
+                return errno
+    return 0
 
 
 cdef inline uint32_t sequence_of(uint64_t flight) noexcept nogil:
@@ -399,7 +425,6 @@ cdef void after_fork_in_child() noexcept nogil:
     while waiting is not NULL:
         make_locks(waiting)
         waiting.length = 0
-        waiting.count = 0
         waiting.running = False
         waiting.late_error = 0
         waiting.forks += 1

@@ -13,7 +13,7 @@ from netfilterqueue._netlink cimport length_of, next_message, value_of
 from netfilterqueue._nfqueue cimport (
     Decision, KNOWN_GID, KNOWN_UID, KNOWN_VLAN, MAX_PAYLOAD, decode_packet, find_rare, is_packet,
 )
-from netfilterqueue._outbox cimport NO_DEFAULT, Outbox
+from netfilterqueue._outbox cimport NO_DEFAULT, Outbox, unsettled
 from netfilterqueue._threads cimport add_to, add_to_total
 from netfilterqueue._uapi cimport (
     AF_BRIDGE, NFQA_CT, NFQA_CT_INFO, NFQA_L2HDR, NFQA_SECCTX, NFQA_SKB_CSUMNOTREADY,
@@ -684,14 +684,14 @@ cdef class Packet:
             if outbox.closed:
                 raise RuntimeError("Parent queue has already been unbound")
             # Making room may let other threads run, which may decide this packet.
-            if not outbox.make_room(decision):
+            if not unsettled(outbox) or not outbox.make_room(decision):
                 break
         now = outbox.add(self.fields.queue_num, self.fields.id, decision,
                          &self.batch.undecided, &self.flight)
         self.decided = True
         self.given = decision.verdict
         if now:
-            outbox.flush()
+            outbox.finish()
         return 0
 
 

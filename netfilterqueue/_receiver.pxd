@@ -46,21 +46,17 @@ cdef class Receiver:
     cdef Outbox enter(self, Limits *limits)
     cdef int leave(self, Outbox outbox, Limits *limits, list packets) except -1
     cdef int leave_with(self, list packets, Outbox outbox, Limits *limits) except -1
-    cdef bint stopped(self, const Limits *limits) noexcept
     cdef Packet await_packet(self, Outbox outbox, Limits *limits)
     cdef Packet await_pulled(self, Outbox outbox, Limits *limits)
-    cdef int next_step(self, Outbox outbox, Limits *limits) except -1
     cdef bint fill(self, Outbox outbox, Limits *limits) except -1
     cdef Slab read_socket(self, Limits *limits)
     cdef Packet await_through(self, sock, Outbox outbox, Limits *limits)
     cdef Slab borrow(self, bytes datagram)
     cdef bytes receive_from(self, sock)
     cdef Packet next_packet(self)
-    cdef int drop_first(self) except -1
     cdef bint have_several(self) noexcept
     cdef Packet pull(self)
     cdef int take(self, Slab slab, Outbox outbox) except -1
-    cdef int append(self, Batch batch) except -1
     cdef int take_arrived(self) except -1
     cdef int end_binding(self) except -1
     cdef uint64_t verdicts_given(self, int kind) noexcept

@@ -8,7 +8,7 @@ from libc.errno cimport EAGAIN, ENOBUFS
 from libc.stdint cimport uint32_t
 
 from netfilterqueue._channel cimport Slab, duplicate
-from netfilterqueue._outbox cimport VERDICTS, Outbox, is_verdict
+from netfilterqueue._outbox cimport VERDICTS, Outbox, is_verdict, unsettled
 from netfilterqueue._packet cimport Batch, Packet, new_batch
 from netfilterqueue._signals cimport end_watch
 from netfilterqueue._threads cimport give_back, try_to_take
@@ -43,9 +43,44 @@ cdef Limits limits_of(block, timeout, count) except *:
     return limits
 
 
-cdef bint used_up(const Limits *limits) except -1:
+# For every packet: not methods, which would not be compiled into their callers.
+
+cdef inline bint used_up(const Limits *limits) except -1:
     return not limits.wanted or (AT_ONCE < limits.deadline < NEVER
                                  and time.monotonic() >= limits.deadline)
+
+
+cdef inline bint stopped(Receiver queue, const Limits *limits) noexcept:
+    return queue.stops != limits.stops
+
+
+cdef inline int next_step(Receiver queue, Outbox outbox, const Limits *limits) except -1:
+    while not (stopped(queue, limits) or outbox.closed):
+        if queue.first is not None:
+            return HAND_OUT
+        if not unsettled(outbox):
+            return READ
+        outbox.raise_late_error()
+        # While it sends, another thread may call stop().
+        outbox.flush()
+    return LEAVE
+
+
+cdef inline int append(Receiver queue, Batch batch) except -1:
+    if queue.first is None:
+        queue.first = batch
+    else:
+        queue.last.following = batch
+    queue.last = batch
+    return 0
+
+
+cdef inline int drop_first(Receiver queue) except -1:
+    cdef Batch dropped = queue.first
+    queue.first = dropped.following
+    # A packet that is held keeps its batch, and must not keep all that came later with it.
+    dropped.following = None
+    return 0
 
 
 cdef class Receiver:
@@ -83,7 +118,7 @@ cdef class Receiver:
         """End a call; ``packets``: what it returns, or None. Enters the critical section."""
         end_watch(&limits.watch)
         take_out(self.runners, limits.thread)
-        if self.runners and (self.stopped(limits) or outbox.closed):
+        if self.runners and (stopped(self, limits) or outbox.closed):
             # One message wakes one reader: pass it on to the next.
             self.channel.wake()
         if not packets:
@@ -107,9 +142,6 @@ cdef class Receiver:
             outbox.postpone(error.errno)
             return 0
 
-    cdef bint stopped(self, const Limits *limits) noexcept:
-        return self.stops != limits.stops
-
     @cython.critical_section
     cdef Packet await_packet(self, Outbox outbox, Limits *limits):
         """The next packet; None when it is time to leave. Enters the critical section."""
@@ -128,22 +160,15 @@ cdef class Receiver:
             packet = self.pull()
         return packet
 
-    cdef int next_step(self, Outbox outbox, Limits *limits) except -1:
-        while not (self.stopped(limits) or outbox.closed):
-            if self.first is not None:
-                return HAND_OUT
-            outbox.raise_late_error()
-            # While it sends, another thread may call stop().
-            if not outbox.flush():
-                return READ
-        return LEAVE
-
     cdef bint fill(self, Outbox outbox, Limits *limits) except -1:
         """Read until there are packets to hand out. False: there will be none, and it is time to
         leave."""
         cdef Slab slab
-        cdef int step = self.next_step(outbox, limits)
-        while step == READ:
+        cdef int step
+        while True:
+            step = next_step(self, outbox, limits)
+            if step != READ:
+                return step == HAND_OUT
             slab = None if limits.emptied else self.read_socket(limits)
             if slab is None:
                 return False
@@ -152,8 +177,6 @@ cdef class Receiver:
             limits.emptied = limits.deadline == AT_ONCE and (slab.filled < <int> slab.slots
                                                              or limits.pending <= 0)
             self.take(slab, outbox)
-            step = self.next_step(outbox, limits)
-        return step == HAND_OUT
 
     cdef Slab read_socket(self, Limits *limits):
         if limits.deadline == AT_ONCE:
@@ -171,7 +194,7 @@ cdef class Receiver:
         while True:
             # No `continue` in it: Cython would keep a reference.
             with cython.critical_section(self):
-                step = self.next_step(outbox, limits)
+                step = next_step(self, outbox, limits)
                 if step == LEAVE:
                     return None
                 packet = self.next_packet() if step == HAND_OUT else None
@@ -226,15 +249,8 @@ cdef class Receiver:
             batch = self.first
             packet = batch.next(self, &self.tally)
             if not batch.remaining and self.first is batch:
-                self.drop_first()
+                drop_first(self)
         return packet
-
-    cdef int drop_first(self) except -1:
-        cdef Batch dropped = self.first
-        self.first = dropped.following
-        # A packet that is held keeps its batch, and must not keep all that came later with it.
-        dropped.following = None
-        return 0
 
     cdef int take(self, Slab slab, Outbox outbox) except -1:
         """Queue what a read has brought for delivery."""
@@ -246,21 +262,13 @@ cdef class Receiver:
             return 0
         if slab.messages:
             self.tally.batches += 1
-            self.append(new_batch(slab, outbox, self.last if self.first is None else None))
+            append(self, new_batch(slab, outbox, self.last if self.first is None else None))
             if slab.messages > 1:
                 outbox.start_helper()
         else:
             slab.users -= 1
         if self.channel.refusals:
             self.note_refusals(outbox)
-        return 0
-
-    cdef int append(self, Batch batch) except -1:
-        if self.first is None:
-            self.first = batch
-        else:
-            self.last.following = batch
-        self.last = batch
         return 0
 
     cdef int take_arrived(self) except -1:
@@ -320,7 +328,7 @@ cdef class Receiver:
     cdef int forget_batches(self) except -1:
         while self.first is not None:
             self.first.end()
-            self.drop_first()
+            drop_first(self)
         # It would serve again, for another outbox; and to let go of the last reference to an outbox
         # lets other threads run, in the midst of take().
         self.last = None
@@ -396,7 +404,7 @@ cdef class Pulling:
             return self.has_ended()
 
     cdef bint has_ended(self) noexcept:
-        return self.closed or self.queue.stopped(&self.limits) or self.outbox.closed
+        return self.closed or stopped(self.queue, &self.limits) or self.outbox.closed
 
     def begin_waiting(self):
         """A descriptor to wait for, to be given to end_waiting(); -1 if no packet will come.
