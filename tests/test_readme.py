@@ -182,6 +182,11 @@ def test_files_import_only_from_those_above_them() -> None:
     assert imports > len(above)
 
 
+def is_asleep(pid: int) -> bool:
+    """Whether its main thread is in a system call that waits."""
+    return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(") ")[2][0] == "S"
+
+
 def check_filter(
     program: Program,
     queue_num: int,
@@ -204,6 +209,8 @@ def check_filter(
     flow.send(b"hello")
     assert flow.receive() == received
     assert program.process.poll() is None
+    # A signal that comes just before a system call does not interrupt that.
+    wait_until(lambda: is_asleep(program.process.pid), what="waiting for the next packet")
     program.interrupt()
     status = program.wait()
     if status == -signal.SIGINT:
