@@ -102,6 +102,18 @@ def test_first_screen_has_the_two_commands() -> None:
         assert (ROOT / command).stat().st_mode & 0o111
 
 
+def test_sections_come_in_the_order_of_the_classic_readme() -> None:
+    titles = [section[0].astext() for section in parse(README).findall(nodes.section)]
+    classic = [
+        *("Example", "Installation", "From PyPI", "From source", "API", "NetfilterQueue objects"),
+        *("Packet objects", "Another network namespace", "Usage", "Statistics"),
+    ]
+    assert [title for title in titles if title in classic] == classic
+    assert (
+        titles.index("Deliberate differences") == titles.index("Coming from NetfilterQueue 1.x") + 1
+    )
+
+
 @pytest.mark.parametrize(
     "name",
     [
