@@ -25,6 +25,9 @@ class Loop(Protocol):
 
     async def sleep(self, seconds: float) -> None: ...
 
+    async def until(self, predicate: Callable[[], object]) -> None:
+        """Return as soon as the predicate is true. run() has a time limit."""
+
     async def together(self, *tasks: Main) -> None:
         """Wait for tasks that run at the same time."""
 
@@ -44,6 +47,10 @@ class OnAsyncio:
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
+
+    async def until(self, predicate: Callable[[], object]) -> None:
+        while not predicate():
+            await asyncio.sleep(0.001)
 
     async def together(self, *tasks: Main) -> None:
         await asyncio.gather(*(task() for task in tasks))
@@ -75,6 +82,10 @@ class OnTrio:
 
     async def sleep(self, seconds: float) -> None:
         await trio.sleep(seconds)
+
+    async def until(self, predicate: Callable[[], object]) -> None:
+        while not predicate():
+            await trio.sleep(0.001)
 
     async def together(self, *tasks: Main) -> None:
         async with trio.open_nursery() as nursery:

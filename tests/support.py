@@ -105,17 +105,44 @@ def in_thread(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
     return future
 
 
+def system_calls(pid: int | str = "self") -> list[list[str]]:
+    """Of each thread of a process that is in one: its number, and its arguments in hexadecimal."""
+    found = []
+    for path in Path("/proc", str(pid), "task").glob("*/syscall"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            found.append(path.read_text(encoding="ascii").split())
+    # Of one that waits elsewhere in the kernel there is no more than -1 and two pointers.
+    return [call for call in found if len(call) > 3]
+
+
+def is_blocked(fd: int, threads: int = 1, pid: int | str = "self") -> bool:
+    """Whether so many threads of a process are in a system call on a descriptor."""
+    return [call[1] for call in system_calls(pid)].count(hex(fd)) == threads
+
+
 def wait_until_blocked(fd: int, threads: int = 1, pid: int | str = "self") -> None:
-    """Return when so many threads of a process are in a system call on a descriptor."""
+    wait_until(
+        lambda: is_blocked(fd, threads, pid),
+        what=f"{threads} thread(s) blocked on descriptor {fd}",
+    )
 
-    def blocked() -> bool:
-        count = 0
-        for path in Path("/proc", str(pid), "task").glob("*/syscall"):
-            with contextlib.suppress(OSError):  # the thread has ended
-                count += path.read_text(encoding="ascii").split()[1:2] == [hex(fd)]
-        return count == threads
 
-    wait_until(blocked, what=f"{threads} thread(s) blocked on descriptor {fd}")
+def wait_until_polling() -> None:
+    """Return when a thread of this process waits for one descriptor, for a limited time."""
+    # poll(2): where the descriptors are, how many, and milliseconds, -1 for ever.
+    wait_until(
+        lambda: any(call[2] == "0x1" and 0 < int(call[3], 16) < 1 << 31 for call in system_calls()),
+        what="a thread in poll()",
+    )
+
+
+def awaiting(queue: NetfilterQueue) -> int:
+    """How many tasks of event loops wait for a queue: each has a descriptor of its socket."""
+    found = []
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            found.append(os.readlink(path))
+    return found.count(os.readlink(f"/proc/self/fd/{queue.fileno()}")) - 1
 
 
 class Runner(Protocol):
@@ -178,6 +205,25 @@ def alarm(after: float, handler: Callable[..., object], every: float = 0) -> Ite
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def alarm_when(begun: Callable[[], object], handler: Callable[..., object]) -> Iterator[None]:
+    """Call a signal handler once, as soon as the predicate is true."""
+    ended = threading.Event()
+
+    def raise_signal() -> None:
+        wait_until(lambda: ended.is_set() or begun())
+        if not ended.is_set():
+            os.kill(os.getpid(), signal.SIGALRM)
+
+    with alarm(60, handler):
+        raising = in_thread(raise_signal)
+        try:
+            yield
+        finally:
+            ended.set()
+            raising.result(TIMEOUT)
 
 
 @contextlib.contextmanager

@@ -18,11 +18,14 @@ from support import (
     RECEIVE_BUFFER,
     SOON,
     TIMEOUT,
-    alarm,
+    alarm_when,
+    awaiting,
     in_thread,
     numbered,
     readable,
     udp_data,
+    wait_until,
+    wait_until_blocked,
     wait_until_queued,
 )
 
@@ -91,7 +94,7 @@ class TestPackets:
                 for data in numbered(150)[100:]:
                     await loop.sleep(0.0005)
                     flow.send(data)
-                await loop.sleep(SOON)
+                await loop.until(lambda: queue.stats().packets == 150 and awaiting(queue) == 1)
                 queue.stop()
 
             await loop.together(consume, feed)
@@ -246,7 +249,7 @@ class TestTasks:
                     queue.stop()
 
         async def feed() -> None:
-            await loop.sleep(SOON)
+            await loop.until(lambda: awaiting(queue) == 3)
             flow.send(*numbered(8))
 
         async def main() -> None:
@@ -292,9 +295,9 @@ class TestTasks:
                 packet.accept()
 
         async def feed() -> None:
-            await loop.sleep(SOON)
+            await loop.until(lambda: awaiting(queue) == 2)
             flow.send(*numbered(5))
-            await loop.sleep(SOON)
+            await loop.until(lambda: len(seen) == 5 and awaiting(queue) == 2)
             queue.stop()
 
         loop.run(lambda: loop.together(consume, consume, feed))
@@ -354,17 +357,19 @@ class TestTasks:
         """An event loop has one reader for a descriptor: this must not be taken."""
         called = []
 
+        async def until_taken(count: int) -> None:
+            await OnAsyncio().until(lambda: queue.stats().packets == count and awaiting(queue) == 1)
+
         async def main() -> list[bytes]:
             running = asyncio.get_running_loop()
             running.add_reader(queue.fileno(), lambda: called.append(True))
             pulling = asyncio.ensure_future(accept_all(queue))
-            for data in numbered(3):
-                await asyncio.sleep(SOON)
+            for taken, data in enumerate(numbered(3)):
+                await until_taken(taken)
                 called.clear()
                 flow.send(data)
-                while not called:
-                    await asyncio.sleep(0)
-            await asyncio.sleep(SOON)
+                await OnAsyncio().until(lambda: called)
+            await until_taken(3)
             queue.stop()
             seen = await pulling
             assert running.remove_reader(queue.fileno())
@@ -474,7 +479,7 @@ class TestCancelling:
 
         async def main() -> None:
             task = asyncio.ensure_future(accept_all(queue))
-            await asyncio.sleep(SOON)
+            await OnAsyncio().until(lambda: awaiting(queue) == 1)
             assert not task.done()
 
         OnAsyncio().run(main)
@@ -511,7 +516,7 @@ class TestEnds:
             assert await queue.aread() == []
 
         async def end_soon() -> None:
-            await loop.sleep(SOON)
+            await loop.until(lambda: awaiting(queue) == 3)
             end(queue)
 
         loop.run(lambda: loop.together(consume, read, consume, end_soon))
@@ -524,13 +529,16 @@ class TestEnds:
         end: Callable[[NetfilterQueue], None],
         pull: Callable[[NetfilterQueue], Awaitable[list[bytes]]],
     ) -> None:
-        ending = threading.Timer(SOON, end, [queue])
-        ending.start()
+        def end_when_awaited() -> None:
+            wait_until(lambda: awaiting(queue) == 1)
+            end(queue)
+
+        ending = in_thread(end_when_awaited)
         if end is NetfilterQueue.stop or pull is accept_all:
             assert loop.run(lambda: pull(queue)) == []
         else:
             assert loop.run(queue.aread) == []
-        ending.join()
+        ending.result(TIMEOUT)
 
     def test_heard_from_a_signal_handler(
         self,
@@ -539,7 +547,7 @@ class TestEnds:
         flow: UdpFlow,
         end: Callable[[NetfilterQueue], None],
     ) -> None:
-        with alarm(SOON, lambda *_: end(queue)):
+        with alarm_when(lambda: awaiting(queue) == 1, lambda *_: end(queue)):
             assert loop.run(lambda: accept_all(queue)) == []
 
     def test_heard_by_all_although_the_queue_is_bound_again_at_once(
@@ -549,7 +557,7 @@ class TestEnds:
             assert await accept_all(queue) == []
 
         async def bind_again() -> None:
-            await loop.sleep(SOON)
+            await loop.until(lambda: awaiting(queue) == 2)
             queue.unbind()
             queue.bind(queue_num, sock_len=RECEIVE_BUFFER)
 
@@ -566,7 +574,8 @@ class TestEnds:
     ) -> None:
         threads = [in_thread(queue.read), in_thread(list, iter(queue))]
         running = in_thread(loop.run, lambda: accept_all(queue))
-        time.sleep(SOON)
+        wait_until_blocked(queue.fileno(), 2)
+        wait_until(lambda: awaiting(queue) == 1)
         end(queue)
         for waiter in (*threads, running):
             assert waiter.result(TIMEOUT) == []

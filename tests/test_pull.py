@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import gc
 import random
 import signal
@@ -17,15 +18,16 @@ from netfilterqueue._channel import alive
 from netfilterqueue import COPY_META, NetfilterQueue, Packet
 from support import (
     RECEIVE_BUFFER,
-    SOON,
     TIMEOUT,
-    alarm,
+    alarm_when,
     in_thread,
+    is_blocked,
     numbered,
     readable,
     udp_data,
     wait_until,
     wait_until_blocked,
+    wait_until_polling,
     wait_until_queued,
 )
 
@@ -121,8 +123,10 @@ class TestRead:
         self, queue: NetfilterQueue, flow: UdpFlow, timeout: float | None
     ) -> None:
         reading = in_thread(queue.read, None, timeout)
-        time.sleep(SOON)
-        assert not reading.done()
+        if timeout is None:
+            wait_until_blocked(queue.fileno())
+        else:
+            wait_until_polling()
         flow.send(b"hello")
         assert data_of(reading.result(TIMEOUT)) == [b"hello"]
 
@@ -405,7 +409,7 @@ class TestEnds:
         flow: UdpFlow,
         pull: Callable[[NetfilterQueue], Iterator[Packet]],
     ) -> None:
-        with alarm(SOON, lambda *_: queue.stop()):
+        with alarm_when(lambda: is_blocked(queue.fileno()), lambda *_: queue.stop()):
             assert list(pull(queue)) == []
 
     def test_error_of_a_signal_handler_leaves_it(
@@ -414,7 +418,8 @@ class TestEnds:
         flow: UdpFlow,
         pull: Callable[[NetfilterQueue], Iterator[Packet]],
     ) -> None:
-        with alarm(SOON, signal.default_int_handler), pytest.raises(KeyboardInterrupt):
+        blocked = functools.partial(is_blocked, queue.fileno())
+        with alarm_when(blocked, signal.default_int_handler), pytest.raises(KeyboardInterrupt):
             list(pull(queue))
         flow.send(b"hello")
         assert data_of(queue.read()) == [b"hello"]

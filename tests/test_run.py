@@ -25,6 +25,7 @@ from support import (
     readable,
     udp_data,
     wait_until_blocked,
+    wait_until_polling,
     wait_until_queued,
 )
 
@@ -277,8 +278,7 @@ class TestLimits:
 
     def test_timeout_yields_to_stop(self, queue: NetfilterQueue, seen: list[bytes]) -> None:
         running = in_thread(lambda: queue.run(timeout=2 * TIMEOUT))
-        time.sleep(SOON)
-        assert not running.done()
+        wait_until_polling()
         queue.stop()
         running.result(TIMEOUT)
 
