@@ -77,12 +77,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run the tests that need a distribution's kernel, too (in ci/vm)",
     )
-    parser.addoption(
-        "--messages",
-        type=int,
-        default=100_000,
-        help="how many messages to log for the test that counts them (default %(default)s)",
-    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

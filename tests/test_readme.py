@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import shlex
+import shutil
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,7 +15,7 @@ from docutils import nodes
 from docutils.core import publish_doctree
 
 import netfilterqueue
-from netfilterqueue import NetfilterQueue, Packet
+from netfilterqueue import NetfilterQueue, Packet, lowlevel, nflog, testing
 from support import RECEIVE_BUFFER, START_TIMEOUT, Program, Traffic, bound_queues, wait_until
 
 if TYPE_CHECKING:
@@ -69,16 +70,15 @@ def code_blocks(document: Path, language: str) -> Iterator[Block]:
 
 
 PROGRAMS = {block.name: block.text for block in code_blocks(README, "python")}
-# This one is a test, not a program that runs a queue.
-TEST_OF_A_FILTER = PROGRAMS.pop("Testing a filter")
+# These are tests, not programs that run a queue.
+TESTS_OF_A_FILTER = [PROGRAMS.pop("Testing a filter"), PROGRAMS.pop("Testing a filter 2")]
 LOG_READER = PROGRAMS.pop("NFLOG")
 LISTER = PROGRAMS.pop("Statistics")
-COMMANDS = [
-    line
-    for block in code_blocks(README, "sh")
-    for line in block.text.splitlines()
-    if line.startswith(("iptables ", "ip6tables "))
-]
+SHELL_LINES = [line for block in code_blocks(README, "sh") for line in block.text.splitlines()]
+COMMANDS = [line for line in SHELL_LINES if line.startswith(("iptables ", "ip6tables "))]
+[NFT_COMMAND] = [line for line in SHELL_LINES if line.startswith("nft ")]
+# What they have is public.
+MODULES = (netfilterqueue, lowlevel, nflog, testing)
 
 
 @pytest.mark.parametrize("name", ["README.rst", "CHANGES.rst", "CONTRIBUTING.rst"])
@@ -88,7 +88,7 @@ def test_document_is_valid(name: str) -> None:
 
 def test_every_program_of_the_readme_is_run() -> None:
     shown = README.read_text(encoding="utf-8").count("code-block:: python")
-    assert len([*PROGRAMS, TEST_OF_A_FILTER, LOG_READER, LISTER]) == shown
+    assert len([*PROGRAMS, *TESTS_OF_A_FILTER, LOG_READER, LISTER]) == shown
 
 
 def test_example_is_the_one_in_the_file() -> None:
@@ -117,7 +117,7 @@ def test_sections_come_in_the_order_of_the_classic_readme() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *netfilterqueue.__all__,
+        *(name for module in MODULES for name in module.__all__),
         *(name for cls in (NetfilterQueue, Packet) for name in vars(cls) if name[0] != "_"),
     ],
 )
@@ -138,6 +138,12 @@ def test_rule_of_the_readme_is_accepted(command: str, router: Node) -> None:
     router.run(arguments)
     arguments[arguments.index("-I")] = "-D"
     router.run(arguments)
+
+
+@pytest.mark.stock_kernel
+def test_rule_of_nftables_is_accepted(router: Node, nft: Callable[..., None]) -> None:
+    nft("chain input { type filter hook input priority 0; }", family="inet")
+    router.run(shlex.split(NFT_COMMAND.replace("inet filter", "inet test0")))
 
 
 def test_readme_shows_rules_for_both_families() -> None:
@@ -293,11 +299,16 @@ def test_log_reader_of_the_readme(
     assert program.wait() == -signal.SIGINT
 
 
-def test_test_of_the_readme(run_program: Callable[..., Program], tmp_path: Path) -> None:
-    (tmp_path / "test_filter.py").write_text(TEST_OF_A_FILTER, encoding="utf-8")
-    start = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    program = run_program(start, "-p", "no:cacheprovider", str(tmp_path), python=PYTHON)
-    assert "2 passed" in program.run(START_TIMEOUT)
+def test_tests_of_the_readme(run_program: Callable[..., Program], tmp_path: Path) -> None:
+    for number, text in enumerate(TESTS_OF_A_FILTER):
+        (tmp_path / f"test_filter{number}.py").write_text(text, encoding="utf-8")
+    shutil.copy(ROOT / "examples" / "print_and_accept.py", tmp_path)
+    start = "import os, sys, pytest; os.chdir(sys.argv[1]); sys.exit(pytest.main(sys.argv[2:]))"
+    # By its module's name the plugin is there also where the library is not installed.
+    options = ("-p", "netfilterqueue._pytest_plugin", "-p", "no:cacheprovider")
+    alone = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    program = run_program(start, str(tmp_path), *options, python=PYTHON, env=alone)
+    assert "3 passed" in program.run(START_TIMEOUT)
 
 
 class Example(NamedTuple):
