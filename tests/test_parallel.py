@@ -13,13 +13,15 @@ import random
 import sys
 import sysconfig
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from netfilterqueue._handmade import packets_from
 from netfilterqueue._lowlevel import handle_without_queues
 
 from messages import NFQA, attribute, packet_header, simple_packets
-from netfilterqueue import NetfilterQueue, Verdict, nflog
+from netfilterqueue import NetfilterQueue, Packet, Verdict, nflog
 from netfilterqueue.lowlevel import NF_ACCEPT
 from support import (
     LOG_PREFIX,
@@ -35,7 +37,6 @@ from support import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from netfilterqueue import Packet
     from netfilterqueue.lowlevel import NetfilterQueueData
     from support import Program, UdpFlow
 
@@ -198,23 +199,24 @@ class TestQueue:
 
 
 class TestPacket:
-    def test_payload_is_one_of_those_that_it_was_given(self) -> None:
-        own, short, long = b"own" * 100, b"short", b"long" * 500
-        packet = decode_one(packet_header(), attribute(NFQA.PAYLOAD, own))
-        contents = {own, short, long}
+    def test_payload_is_whole_while_others_replace_it(self) -> None:
+        packet = decode_one(packet_header(), attribute(NFQA.PAYLOAD, b"x" * 100))
 
-        def change() -> None:
-            for _ in range(500):
-                for payload in (short, long, None):
-                    packet.set_payload(payload)
-                packet.retain()
+        def change(letter: bytes) -> None:
+            # A new object each time, whose memory is free as soon as the packet has another.
+            for length in range(1, 3001):
+                packet.set_payload(letter * length)
+                if not length % 3:
+                    packet.retain()
+                    packet.set_payload(None)
 
         def look() -> None:
-            for _ in range(1000):
-                assert {bytes(packet), packet.get_payload(), bytes(memoryview(packet))} <= contents
-                assert len(packet) in {len(content) for content in contents}
+            for _ in range(3000):
+                for content in (packet.get_payload(), bytes(packet), bytes(memoryview(packet))):
+                    assert content == content[:1] * len(content)
+                assert 1 <= len(packet) <= 3000
 
-        at_once(change, change, look, look)
+        at_once(lambda: change(b"a"), lambda: change(b"b"), look, look)
 
     def test_changes_are_whole(self) -> None:
         packet = decode_one(packet_header(), attribute(NFQA.PAYLOAD, b"x"))
@@ -228,20 +230,27 @@ class TestPacket:
         at_once(lambda: change(1), lambda: change(0xFFFFFFFF))
         packet.accept()
 
-    def test_one_of_several_verdicts_is_given(self) -> None:
-        for _ in range(200):
-            packet = decode_one(packet_header(), attribute(NFQA.PAYLOAD, b"x"))
-            given: list[Verdict] = []
+    def test_one_of_two_verdicts_is_given(self) -> None:
+        packets, _ = packets_from(simple_packets(*range(3000)))
+        given: list[tuple[int, Verdict]] = []
+        reached = [0, 0]
 
-            def decide(
-                verdict: Verdict, packet: Packet = packet, given: list[Verdict] = given
-            ) -> None:
+        def decide(number: int, verdict: Verdict, method: Callable[[Packet], None]) -> None:
+            for count, packet in enumerate(packets):
+                # So that both come to it at the same moment; a barrier is far too slow.
+                reached[number] = count
+                while reached[1 - number] < count:
+                    time.sleep(0)
                 with contextlib.suppress(RuntimeError):
-                    packet.accept() if verdict == Verdict.ACCEPT else packet.drop()
-                    given.append(verdict)
+                    method(packet)
+                    given.append((packet.id, verdict))
+            reached[number] = len(packets)
 
-            at_once(lambda: decide(Verdict.ACCEPT), lambda: decide(Verdict.DROP))
-            assert given == [packet.verdict]
+        at_once(
+            lambda: decide(0, Verdict.ACCEPT, Packet.accept),
+            lambda: decide(1, Verdict.DROP, Packet.drop),
+        )
+        assert sorted(given) == [(packet.id, packet.verdict) for packet in packets]
 
 
 class TestLowlevel:
