@@ -60,42 +60,39 @@ class TestSendFails:
 
     """
 
+    @pytest.fixture
     def program(
-        self,
-        run_program: Callable[..., Program],
-        queued: Callable[..., UdpFlow],
-        queue_num: int,
-        count: int,
-        delay: float,
-        end: str,
-        callback: str = "packets.append",
-        take: str = "queue.run(block=False)",
-    ) -> Program:
-        flow = queued()
-        source = self.PROGRAM.format(count=count, delay=delay, callback=callback, take=take) + end
-        program = run_program(source, str(queue_num))
-        program.wait_for("bound")
-        flow.send(*[b"hello"] * count)
-        return program
-
-    def test_the_call_that_sent_raises(
         self, run_program: Callable[..., Program], queued: Callable[..., UdpFlow], queue_num: int
-    ) -> None:
-        program = self.program(
-            run_program,
-            queued,
-            queue_num,
-            count=1,
-            delay=0,
-            end="""
+    ) -> Callable[..., Program]:
+        """Start it with so many packets, and an end of its own."""
+
+        def start(
+            end: str,
+            *,
+            count: int,
+            delay: float,
+            callback: str = "packets.append",
+            take: str = "queue.run(block=False)",
+        ) -> Program:
+            flow = queued()
+            settings = {"count": count, "delay": delay, "callback": callback, "take": take}
+            started = run_program(self.PROGRAM.format(**settings) + end, str(queue_num))
+            started.wait_for("bound")
+            flow.send(*[b"hello"] * count)
+            return started
+
+        return start
+
+    def test_the_call_that_sent_raises(self, program: Callable[..., Program]) -> None:
+        end = """
     attempt(packets[0].accept)
     assert packets[0].verdict is None
     attempt(packets[0].drop)
     assert packets[0].verdict is None
     attempt(queue.close)
-    """,
-        )
-        lines = program.run().splitlines()[1:]
+    """
+        ended = program(end, count=1, delay=0)
+        lines = ended.run().splitlines()[1:]
         assert [line.split()[:2] for line in lines] == [
             ["accept", "EBADF"],
             ["drop", "EBADF"],
@@ -105,60 +102,34 @@ class TestSendFails:
         assert "The packets concerned are still undecided" in lines[0]
 
     def test_the_next_call_raises_where_the_helper_sent(
-        self, run_program: Callable[..., Program], queued: Callable[..., UdpFlow], queue_num: int
+        self, program: Callable[..., Program]
     ) -> None:
-        program = self.program(
-            run_program,
-            queued,
-            queue_num,
-            count=3,
-            delay=0.001,
-            end="""
+        end = """
     packets[0].accept()
     while packets[0].verdict is not None:
         time.sleep(0.001)
     attempt(packets[1].accept)
     assert packets[1].verdict is None
     attempt(queue.close)
-    """,
-        )
-        line, _ = program.run().splitlines()[1:]
+    """
+        ended = program(end, count=3, delay=0.001)
+        line, _ = ended.run().splitlines()[1:]
         assert line.startswith("accept EBADF [Errno 9] verdicts could not be sent")
 
-    def test_run_raises(
-        self, run_program: Callable[..., Program], queued: Callable[..., UdpFlow], queue_num: int
-    ) -> None:
-        program = self.program(
-            run_program,
-            queued,
-            queue_num,
-            count=1,
-            delay=0,
-            end="""
+    def test_run_raises(self, program: Callable[..., Program]) -> None:
+        end = """
     attempt(queue.run)
     attempt(queue.close)
-    """,
-        )
-        line, _ = program.run().splitlines()[1:]
+    """
+        ended = program(end, count=1, delay=0)
+        line, _ = ended.run().splitlines()[1:]
         assert line.startswith("run EBADF [Errno 9] cannot read from the netlink socket")
 
     @pytest.mark.parametrize("read", ["queue.read(1)", "loop.run_until_complete(queue.aread(1))"])
     def test_read_returns_the_packets_it_took_and_a_later_call_raises(
-        self,
-        run_program: Callable[..., Program],
-        queued: Callable[..., UdpFlow],
-        queue_num: int,
-        read: str,
+        self, program: Callable[..., Program], read: str
     ) -> None:
-        program = self.program(
-            run_program,
-            queued,
-            queue_num,
-            count=3,
-            delay=60,
-            callback="None",
-            take="packets += queue.read(1); loop = asyncio.new_event_loop()",
-            end=f"""
+        end = f"""
     packets[0].accept()
     packets += {read}
     assert packets[0].verdict is None
@@ -166,9 +137,10 @@ class TestSendFails:
     print([packet.id for packet in packets])
     loop.close()
     attempt(queue.close)
-    """,
-        )
-        error, ids, _ = program.run().splitlines()[1:]
+    """
+        take = "packets += queue.read(1); loop = asyncio.new_event_loop()"
+        ended = program(end, count=3, delay=60, callback="None", take=take)
+        error, ids, _ = ended.run().splitlines()[1:]
         assert error.startswith("accept EBADF [Errno 9] verdicts could not be sent")
         assert ids == "[1, 2]"
 
