@@ -26,7 +26,8 @@ cdef struct Waiting:
     # What the helper thread shares with the Outbox. It is no Python object: the helper never
     # holds the GIL, and this must stay until the helper has ended.
     pthread_mutex_t lock        # guards all below; never held in a system call but the wake-up
-    pthread_mutex_t wire        # held while sending, so that verdicts leave in order; taken first
+    pthread_mutex_t wire        # held while sending, so that verdicts leave in order; taken first.
+    #                             Enough for `fill` and `flight` while nothing is pending
     pthread_cond_t wakeup       # for the helper alone
     int fd                      # -1: there is no kernel, sending does nothing
     char *fill                  # messages, one after the other

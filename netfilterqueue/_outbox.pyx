@@ -80,8 +80,8 @@ cdef class Outbox:
     cdef bint add(self, uint16_t queue_num, uint32_t id, const Decision *decision, int *undecided,
                   uint64_t *flight) except -1:
         """Take a verdict in, or send it if that is all there is to send. True: the caller must call
-        finish() as soon as it has noted that the packet is decided. Keeps the GIL, so that nobody
-        decides the same packet meanwhile.
+        finish() as soon as it has noted that the packet is decided. Keeps the GIL and the queue's
+        critical section, so that nobody decides the same packet meanwhile.
 
         ``undecided`` counts the packets of the same read that wait for a verdict, this one
         included; ``flight`` receives the number by which failed() tells whether it was sent.
@@ -89,8 +89,9 @@ cdef class Outbox:
         cdef size_t size = decision_size(decision)
         cdef Waiting *waiting = self.waiting
         cdef bint now
-        # Nobody else adds anything without the GIL, nor sends anything without the wire.
-        if (undecided[0] <= 1 and not waiting.length and size <= waiting.capacity
+        # Nobody else can add anything meanwhile. But the helper may swap the buffers until the wire
+        # is ours: of either one, nothing is known before but that it has room for FULL.
+        if (undecided[0] <= 1 and not waiting.length and size <= <size_t> FULL
                 and pthread_mutex_trylock(&waiting.wire) == 0):
             flight[0] = waiting.flight
             undecided[0] -= 1
@@ -229,8 +230,8 @@ cdef bint reserve(Waiting *waiting, size_t size) noexcept nogil:
 
 cdef bint send_alone(Waiting *waiting, uint16_t queue_num, uint32_t id,
                      const Decision *decision) noexcept nogil:
-    """Send a verdict for who holds the GIL and `wire`, while nothing else is pending. True: it
-    failed, which the next caller raises."""
+    """Send a verdict for who is in the critical section and holds `wire`, while nothing else is
+    pending. True: it failed, which the next caller raises."""
     cdef size_t length = encode_verdict(waiting.fill, queue_num, id, decision,
                                         sequence_of(waiting.flight))
     cdef int error = transmit(waiting.fd, waiting.fill, length)
