@@ -27,7 +27,7 @@ cdef class PacketChanges:
         return 0
 
     cdef int set_conntrack_labels(self, labels) except -1:
-        cdef bytes content = bytes(memoryview(labels))
+        cdef bytes content = bytes_of("labels", labels)
         cdef Py_ssize_t size = sizeof(self.values.conntrack_labels)
         if not 1 <= len(content) <= size:
             raise ValueError(f"there are {len(content)} bytes of labels, but must be from 1 to "

@@ -439,7 +439,7 @@ cdef class Channel:
             if slab is not None:
                 self.keep(slab)
             elif self.answers[sequence] is not None:
-                # Another thread handled it while this one took the GIL back.
+                # Another thread handled it before this one came back.
                 return 0
             elif self.others_reading() <= 0 or time.monotonic() >= deadline:
                 return 0

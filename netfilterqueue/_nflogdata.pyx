@@ -253,7 +253,6 @@ cdef NflogData lend(Channel channel, Slab slab, const nlmsghdr *message, size_t 
     data.message = message
     data.length = length
     data.slab = slab
-    data.channel = channel
     slab.users += 1
     return data
 
