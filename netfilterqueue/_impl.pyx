@@ -298,7 +298,7 @@ cdef class NetfilterQueue(Receiver):
         ``uid_gid``
             Packets of local senders come with ``uid`` and ``gid``.
         ``secctx``
-            Packets come with their security context.
+            Packets of local senders come with the security context that a rule has given them.
 
         Raises as set_mode() does; the OSError for a flag that the kernel lacks has errno EOPNOTSUPP
         and names it, and then none of the flags was changed.

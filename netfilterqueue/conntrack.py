@@ -45,6 +45,8 @@ from netfilterqueue._uapi import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+__all__ = ["Conntrack", "ConntrackState", "ConntrackStatus", "ConntrackTuple"]
+
 HEADER = struct.Struct("=HH")  # of an attribute: its length with this header, its type
 LABELS_SIZE = 16  # bytes
 

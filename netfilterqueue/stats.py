@@ -53,9 +53,7 @@ class QueueStats:
     bytes: int  #: of payload in them, as they came
     batches: int  #: reads that brought packets, a system call each
     truncated: int  #: packets of which only the beginning was copied
-    verdicts: Mapping[
-        Verdict, int
-    ]  #: given, by the program or by default, also where sending fails
+    verdicts: Mapping[Verdict, int]  #: given, by the program or by default, if sent or not
     abandoned: int  #: packets collected undecided while their queue was bound
     verdict_errors: Mapping[int, int]  #: verdicts that the kernel refused later, by errno
     request_errors: int  #: refusals of requests that nobody waited for

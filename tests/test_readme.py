@@ -15,7 +15,16 @@ from docutils import nodes
 from docutils.core import publish_doctree
 
 import netfilterqueue
-from netfilterqueue import NetfilterQueue, Packet, lowlevel, nflog, testing
+from netfilterqueue import (
+    NetfilterQueue,
+    Packet,
+    conntrack,
+    lowlevel,
+    nflog,
+    stats,
+    testing,
+    workers,
+)
 from support import RECEIVE_BUFFER, START_TIMEOUT, Program, Traffic, bound_queues, wait_until
 
 if TYPE_CHECKING:
@@ -78,7 +87,7 @@ SHELL_LINES = [line for block in code_blocks(README, "sh") for line in block.tex
 COMMANDS = [line for line in SHELL_LINES if line.startswith(("iptables ", "ip6tables "))]
 [NFT_COMMAND] = [line for line in SHELL_LINES if line.startswith("nft ")]
 # What they have is public.
-MODULES = (netfilterqueue, lowlevel, nflog, testing)
+MODULES = (netfilterqueue, conntrack, lowlevel, nflog, stats, testing, workers)
 
 
 @pytest.mark.parametrize("name", ["README.rst", "CHANGES.rst", "CONTRIBUTING.rst"])
