@@ -66,6 +66,7 @@ cdef class Slab:
     cdef Cursor datagram(self, int slot) noexcept
     cdef bint is_idle(self) noexcept
     cdef void **lend_to(self, void *borrower) except NULL
+    cdef int settle(self, int (*keep)(object) except -1) except -1
 
 
 cdef Slab slab_of(list datagrams)

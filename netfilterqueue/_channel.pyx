@@ -10,7 +10,8 @@ from libc.string cimport memcpy, memset
 from netfilterqueue._netlink cimport Cursor, next_message, send_noop
 from netfilterqueue._signals cimport Watch, begin_watch, forget_socket, watching
 from netfilterqueue._threads cimport (
-    add_to, add_to_total, allow_to_take, from_now, init_condition, read_count, wait_until,
+    add_to, add_to_total, allow_to_take, from_now, give_back, init_condition, read_count,
+    try_to_take, wait_until,
 )
 from netfilterqueue._uapi cimport close as close_descriptor
 from netfilterqueue._uapi cimport (
@@ -166,6 +167,21 @@ cdef class Slab:
         self.lent[self.places] = borrower
         self.places += 1
         return &self.lent[self.places - 1]
+
+    cdef int settle(self, int (*keep)(object) except -1) except -1:
+        """Have the borrowers take copies, which is what ``keep`` does for one."""
+        cdef void *borrower
+        cdef int place
+        for place in range(self.places):
+            # A copy can start the garbage collector, which can take borrowers out of the list. One
+            # that another thread is about to end waits for us, and needs no copy.
+            borrower = self.lent[place]
+            if borrower is not NULL and try_to_take(borrower):
+                try:
+                    keep(<object> borrower)
+                finally:
+                    give_back(borrower)
+        return 0
 
 
 cdef Slab slab_of(list datagrams):

@@ -7,7 +7,7 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from netfilterqueue._channel cimport UNANSWERED, Channel, Slab, duplicate, slab_of
 from netfilterqueue._netlink cimport Cursor, next_message, read_be32
-from netfilterqueue._nflogdata cimport NflogData, lend, settle
+from netfilterqueue._nflogdata cimport NflogData, keep, lend
 from netfilterqueue._nflogformat cimport (
     ATTRIBUTE_ROOM, REQUEST_WORDS, GroupOptions, encode_bind, encode_unbind, find, is_log, sized,
 )
@@ -439,7 +439,7 @@ cdef class Nflog:
         # Programs still name the latest message while they wait for the next: only those that
         # outlive that one's read too take copies.
         while len(self.lent) > 1:
-            settle(self.lent.pop(0))
+            (<Slab> self.lent.pop(0)).settle(keep)
         self.lent.append(slab)
         self.slab = self.waiting.pop(0)
         self.remaining = self.slab.messages

@@ -12,4 +12,4 @@ cdef class NflogData:
 
 
 cdef NflogData lend(Channel channel, Slab slab, const nlmsghdr *message, size_t length)
-cdef int settle(Slab slab) except -1
+cdef int keep(object message) except -1

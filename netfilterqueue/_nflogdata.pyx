@@ -8,7 +8,7 @@ from libc.string cimport memcpy
 from netfilterqueue._channel cimport DEBUG, Channel, Slab, alive_now
 from netfilterqueue._netlink cimport length_of, nested_in, read_be16, read_be32, read_be64, value_of
 from netfilterqueue._nflogformat cimport find, find_in, sized
-from netfilterqueue._threads cimport add_to_total, give_back, try_to_take
+from netfilterqueue._threads cimport add_to_total
 from netfilterqueue._uapi cimport (
     IFNAMSIZ, NFULA_CT, NFULA_CT_INFO, NFULA_GID, NFULA_HWADDR, NFULA_HWHEADER, NFULA_HWTYPE,
     NFULA_IFINDEX_INDEV, NFULA_IFINDEX_OUTDEV, NFULA_IFINDEX_PHYSINDEV, NFULA_IFINDEX_PHYSOUTDEV,
@@ -244,7 +244,7 @@ cdef object interface_in(NflogData data, uint16_t kind):
 
 
 cdef NflogData lend(Channel channel, Slab slab, const nlmsghdr *message, size_t length):
-    """The object for a message of a slab, which borrows it until settle() or its end."""
+    """The object for a message of a slab, which borrows it until keep() or its end."""
     cdef NflogData data = NflogData.__new__(NflogData)
     data.place = slab.lend_to(<void *> data)
     if DEBUG:
@@ -257,8 +257,9 @@ cdef NflogData lend(Channel channel, Slab slab, const nlmsghdr *message, size_t 
     return data
 
 
-cdef int keep(NflogData data) except -1:
-    """Have it take a copy of its message: its slab is about to be used again."""
+cdef int keep(object message) except -1:
+    """Have it be a copy of its own: its slab is about to be used again."""
+    cdef NflogData data = message
     cdef void *copy = malloc(data.length)
     if copy is NULL:
         raise MemoryError()
@@ -266,21 +267,6 @@ cdef int keep(NflogData data) except -1:
     data.place[0] = NULL
     data.slab.users -= 1
     data.slab = None
-    return 0
-
-
-cdef int settle(Slab slab) except -1:
-    """Have the objects that are messages of a slab take copies."""
-    cdef void *borrower
-    cdef int place
-    for place in range(slab.places):
-        # One that another thread is about to end waits for us, and needs no copy.
-        borrower = slab.lent[place]
-        if borrower is not NULL and try_to_take(borrower):
-            try:
-                keep(<NflogData> borrower)
-            finally:
-                give_back(borrower)
     return 0
 
 

@@ -11,7 +11,6 @@ from netfilterqueue._channel cimport Slab, duplicate
 from netfilterqueue._outbox cimport VERDICTS, Outbox, is_verdict, unsettled
 from netfilterqueue._packet cimport Batch, Packet, new_batch
 from netfilterqueue._signals cimport end_watch
-from netfilterqueue._threads cimport give_back, try_to_take
 from netfilterqueue._uapi cimport close
 
 import math
@@ -355,7 +354,7 @@ cdef class Receiver:
             # that outlive that one too take copies.
             while len(self.pulled) > 1:
                 slab = self.pulled.pop(0)
-                settle(slab)
+                slab.settle(keep)
                 slab.users -= 1
             self.pulled.append(packet.slab)
             packet.slab.users += 1
@@ -370,20 +369,8 @@ cdef int take_out(list numbers, number) except -1:
     return 0
 
 
-cdef int settle(Slab slab) except -1:
-    """Have the packets that borrow from a slab take copies."""
-    cdef void *borrower
-    cdef int place
-    for place in range(slab.places):
-        # A copy can start the garbage collector, which can take packets out of the list. One that
-        # another thread is about to end waits for us, and needs no copy.
-        borrower = slab.lent[place]
-        if borrower is not NULL and try_to_take(borrower):
-            try:
-                (<Packet> borrower).keep_payload()
-            finally:
-                give_back(borrower)
-    return 0
+cdef int keep(object packet) except -1:
+    return (<Packet> packet).keep_payload()
 
 
 # What its queue's critical section guards besides.
