@@ -46,10 +46,9 @@ cdef class Channel
 
 cdef class Slab:
     """The memory of one read: as many slots as datagrams can come at once."""
-    cdef char *memory           # slots * stride bytes; NULL where the bytes are another object's
-    cdef bytes source           # that object, or None
     cdef mmsghdr *headers       # one a slot, as recvmmsg(2) takes and fills them
     cdef iovec *vectors         # one a slot: where it is
+    cdef bytes source           # where the bytes are another object's: that object
     cdef unsigned int slots
     cdef int filled             # slots that hold a datagram
     cdef int messages           # in them, netlink's own (errors, acknowledgements) left out
@@ -74,26 +73,28 @@ cdef Slab slab_of(list datagrams)
 
 cdef class Channel:
     """A netlink socket of the netfilter family, connected to the kernel."""
+    # Of every read, in as few lines of the cache as they fit into:
     cdef readonly int fd        # -1 once closed
-    cdef uint32_t sequence      # of the last request that awaits its answer
-    cdef dict answers           # sequence number -> errno of the kernel's answer, or None as yet
     cdef int readers            # reads under way, those interrupted by a signal handler included
     cdef int reading            # of them, those in the system call itself, or in another's recv()
-    cdef list foreign           # of these, the threads in another object's recv()
     cdef int waiters            # threads that wait for a read to end
-    cdef pthread_mutex_t lock   # guards the two below; nobody takes the GIL with it
-    cdef pthread_cond_t news    # for them alone
-    cdef unsigned int ends      # of reads that somebody waited for
     cdef unsigned int slots     # of the slabs to be made
-    cdef size_t slot_size       # bytes
-    cdef list slabs             # a small pool; those with users are passed over
-    cdef Slab latest            # of these, the one read into last: its memory is in the cache
-    cdef list arrived           # slabs with messages that came while an answer was awaited
-    cdef list refusals          # (sequence number, errno) of messages that asked for no answer
     cdef bint nudged            # an acknowledgement that nobody awaits is in the socket
+    cdef Slab latest            # of the pool, the one read into last: its memory is in the cache
+    cdef list refusals          # (sequence number, errno) of messages that asked for no answer
+    # Of some:
+    cdef list slabs             # a small pool; those with users are passed over
+    cdef size_t slot_size       # bytes
+    cdef list arrived           # slabs with messages that came while an answer was awaited
+    cdef list foreign           # of those reading, the threads in another object's recv()
+    cdef uint32_t sequence      # of the last request that awaits its answer
+    cdef dict answers           # sequence number -> errno of the kernel's answer, or None as yet
     cdef uint64_t overruns      # how often the kernel said that messages did not fit: ENOBUFS
     cdef uint64_t lost          # what lost_to_overruns() said last
     cdef uint64_t malformed     # datagrams, or ends of them, that are no netlink messages
+    cdef pthread_mutex_t lock   # guards the two below; nobody takes the GIL with it
+    cdef pthread_cond_t news    # for them alone
+    cdef unsigned int ends      # of reads that somebody waited for
 
     cdef uint32_t port_id(self) except? 0
     cdef int shape(self, unsigned int slots, size_t slot_size) except -1

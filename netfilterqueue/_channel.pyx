@@ -4,7 +4,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EAGAIN, EINTR, ENOBUFS, ENODEV, errno
 from libc.stdint cimport int64_t, uint32_t
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from netfilterqueue._netlink cimport Cursor, next_message, send_noop
@@ -69,16 +69,18 @@ cdef class Slab:
         # Slots that all began at the same place of a page would share the same few cache sets:
         # five lines, about what a small packet's message fills, set each off from the last.
         stride += 5 * CACHE_LINE
-        self.slots = slots
-        self.headers = <mmsghdr *> calloc(slots, sizeof(mmsghdr))
-        self.vectors = <iovec *> calloc(slots, sizeof(iovec))
-        if slot_size:
-            self.memory = <char *> malloc(slots * stride)
-        if self.headers is NULL or self.vectors is NULL or (slot_size and self.memory is NULL):
+        # One block, so that a read of one small packet touches one page.
+        cdef size_t tables = slots * (sizeof(mmsghdr) + sizeof(iovec))
+        cdef char *memory = <char *> malloc(tables + slots * stride)
+        if memory is NULL:
             raise MemoryError(f"no memory for {slots} slots of {slot_size} bytes: "
                               "bind with a smaller batch")
+        memset(memory, 0, tables)
+        self.slots = slots
+        self.headers = <mmsghdr *> memory
+        self.vectors = <iovec *> (memory + slots * sizeof(mmsghdr))
         for slot in range(slots):
-            self.vectors[slot].iov_base = self.memory + slot * stride if slot_size else NULL
+            self.vectors[slot].iov_base = memory + tables + slot * stride
             self.vectors[slot].iov_len = slot_size
             self.headers[slot].msg_hdr.msg_iov = &self.vectors[slot]
             self.headers[slot].msg_hdr.msg_iovlen = 1
@@ -89,8 +91,6 @@ cdef class Slab:
         if DEBUG and self.headers is not NULL:
             add_to_total(&alive_now.slabs, -1)
         free(self.lent)
-        free(self.memory)
-        free(self.vectors)
         free(self.headers)
 
     # A packet's memoryview names its slab as the exporter: so the slab lives as long as the view,

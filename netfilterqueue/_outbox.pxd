@@ -25,21 +25,23 @@ cdef inline bint is_verdict(uint32_t sequence) noexcept nogil:
 cdef struct Waiting:
     # What the helper thread shares with the Outbox. It is no Python object: the helper never
     # holds the GIL, and this must stay until the helper has ended.
-    pthread_mutex_t lock        # guards all below; never held in a system call but the wake-up
+    # A verdict that is sent alone touches the first lines of the cache only.
     pthread_mutex_t wire        # held while sending, so that verdicts leave in order; taken first.
     #                             Enough for `fill` and `flight` while nothing is pending
-    pthread_cond_t wakeup       # for the helper alone
     int fd                      # -1: there is no kernel, sending does nothing
+    int late_error              # errno of a send by the helper, for the next caller
     char *fill                  # messages, one after the other
     size_t length               # bytes in it
     size_t capacity
+    uint64_t flight             # number of the send that `fill` will be
+    size_t failures             # pairs in `failed`
+    uint32_t forks              # of the process, of which this one was the child
+    uint64_t given[VERDICTS]    # verdicts of each kind, taken in
+    pthread_mutex_t lock        # guards all but `wire`; never held in a system call but the wake-up
+    pthread_cond_t wakeup       # for the helper alone
     char *spare                 # being sent, or idle
     size_t spare_capacity
-    uint64_t flight             # number of the send that `fill` will be
-    int late_error              # errno of a send by the helper, for the next caller
     uint64_t *failed            # pairs: the first and the last number of flights that failed
-    size_t failures             # pairs in it
-    uint32_t forks              # of the process, of which this one was the child
     uint64_t abandoned          # packets that were collected undecided
     pthread_t helper
     bint running                # there is a helper
@@ -48,7 +50,6 @@ cdef struct Waiting:
     int64_t period              # nanoseconds between two ticks
     uint64_t tick
     uint64_t stamp              # tick at which the first message in `fill` came
-    uint64_t given[VERDICTS]    # verdicts of each kind, taken in
     Waiting *previous           # in the list for fork()
     Waiting *next
 
