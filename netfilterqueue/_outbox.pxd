@@ -29,7 +29,7 @@ cdef struct Waiting:
     pthread_mutex_t wire        # held while sending, so that verdicts leave in order; taken first.
     #                             Enough for `fill` and `flight` while nothing is pending
     int fd                      # -1: there is no kernel, sending does nothing
-    int late_error              # errno of a send by the helper, for the next caller
+    int late_error              # errno of a send that nobody was told of, for the next caller
     char *fill                  # messages, one after the other
     size_t length               # bytes in it
     size_t capacity
