@@ -96,8 +96,9 @@ cdef class Nflog:
     """
 
     def __cinit__(self):
-        self.channel = Channel()
+        # First of all: where no socket can be opened, there is nothing to close.
         self.closed = True
+        self.channel = Channel()
         self.waiting = []
         self.lent = []
 
@@ -583,7 +584,9 @@ cdef class Messages:
                 self.nflog.show_readable()
 
     def __del__(self):
-        self.close()
+        # Without a handle it has not begun.
+        if self.nflog is not None:
+            self.close()
 
 
 cdef size_t longest_datagram(size_t asked) noexcept:

@@ -431,4 +431,6 @@ cdef class Pulling:
                 self.queue.leave_with(packets, self.outbox, &self.limits)
 
     def __del__(self):
-        self.close()
+        # Without a queue it has not begun.
+        if self.queue is not None:
+            self.close()

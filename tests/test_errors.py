@@ -7,18 +7,20 @@ import errno
 import functools
 import os
 import re
+import resource
 import select
 import socket
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from scapy.layers.inet import IP
 
-from netfilterqueue import NetfilterQueue, Packet, Verdict
+from netfilterqueue import NetfilterQueue, Packet, Verdict, lowlevel, nflog
 from support import bound_queues, run_until, wait_until_queued, without_net_admin
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from support import Program, QueuedUdp
 
@@ -37,6 +39,34 @@ async def decide(packet: Packet) -> None:
 
 class Deciding:
     __call__ = decide
+
+
+@contextlib.contextmanager
+def no_descriptors() -> Iterator[None]:
+    """No file can be opened for a while."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize(
+    "open_socket", [NetfilterQueue, lowlevel.open, functools.partial(nflog.open, 1)]
+)
+def test_no_descriptor_is_left_for_a_socket(open_socket: Callable[[], object]) -> None:
+    refused = pytest.raises(OSError, match="cannot open a netlink socket")
+    with refused as caught, no_descriptors():
+        open_socket()
+    assert caught.value.errno == errno.EMFILE
+
+
+@pytest.mark.parametrize("name", ["_receiver.Pulling", "_nflog.Messages"])
+def test_loop_over_nothing_never_begins_nor_ends(name: str) -> None:
+    module, _, kind = f"netfilterqueue.{name}".rpartition(".")
+    with pytest.raises(TypeError, match="incorrect type"):
+        getattr(sys.modules[module], kind)(None)
 
 
 class TestArguments:
