@@ -427,8 +427,10 @@ class ProcessWorker(Worker):
         self.report, report = context.Pipe(duplex=False)
         with report, self.signals.held_back() as mask:
             arguments = (os.getpid(), mask, report)
-            self.process = context.Process(target=self.main, name=self.name, args=arguments)
-            self.process.start()
+            process = context.Process(target=self.main, name=self.name, args=arguments)
+            process.start()
+            # Not before: there may be no room for another process.
+            self.process = process
 
     def main(self, parent: int, mask: set[int], report: Connection) -> None:
         """What the fork does."""
@@ -500,9 +502,14 @@ class ThreadWorker(Worker):
             raise
 
     def start(self) -> None:
-        self.runs = True
         # A handler that does not return must not keep the program from ending.
-        threading.Thread(target=self.main, name=self.name, daemon=True).start()
+        thread = threading.Thread(target=self.main, name=self.name, daemon=True)
+        self.runs = True
+        try:
+            thread.start()
+        except BaseException:
+            self.runs = False
+            raise
 
     def main(self) -> None:
         """What the thread does."""

@@ -35,6 +35,12 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
+def alone() -> None:
+    """The threads of earlier tests have ended: serve() warns of any."""
+    wait_until(lambda: threading.active_count() == 1)
+
+
+@pytest.fixture
 def flow(traffic: Traffic, rules: Callable[..., Rule], queue_num: int) -> UdpFlow:
     """Datagrams to the first queue of a `team`."""
     return filtered(traffic, rules, first_of(queue_num))
@@ -214,12 +220,38 @@ class TestEnd:
         wait_until(lambda: not bound_queues())
 
 
-class TestArguments:
-    @pytest.fixture(autouse=True)
-    def alone(self) -> None:
-        """The threads of earlier tests have ended: serve() warns of any."""
-        wait_until(lambda: threading.active_count() == 1)
+@pytest.mark.usefixtures("alone", "router")
+@pytest.mark.parametrize("processes", PROCESSES)
+def test_worker_that_cannot_be_started_ends_the_others(
+    queue_num: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    processes: bool,
+) -> None:
+    owner, name = (os, "fork") if processes else (threading.Thread, "start")
+    start = getattr(owner, name)
+    starts = []
+    before = children(os.getpid())
 
+    def refuse_the_second(*arguments: object) -> object:
+        starts.append(arguments)
+        if len(starts) == 2:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return start(*arguments)
+
+    monkeypatch.setattr(owner, name, refuse_the_second)
+    numbers = [first_of(queue_num) + place for place in range(3)]
+    with pytest.raises(BlockingIOError):
+        serve(Packet.accept, numbers, processes=processes, sock_len=RECEIVE_BUFFER)
+    assert len(starts) == 2
+    assert "has not ended" not in caplog.text
+    assert children(os.getpid()) == before
+    assert not bound_queues()
+    wait_until(lambda: threading.active_count() == 1)
+
+
+@pytest.mark.usefixtures("alone")
+class TestArguments:
     @pytest.mark.parametrize("processes", PROCESSES)
     def test_taken_number_is_told_and_nothing_keeps_running(
         self,
