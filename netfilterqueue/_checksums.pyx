@@ -120,11 +120,15 @@ cdef bytes with_checksums(bytes packet, bytes unfinished, bint *whole):
                           unfinished is not None)
     if unfinished is not None:
         if not whole[0]:
-            raise cannot_finish("of a kind that cannot be finished here")
+            raise cannot_finish(OTHER_KIND)
         if protocol_of(copy) == IPPROTO_UDP:
             require_own_sum(<const uint8_t *> PyBytes_AS_STRING(unfinished),
                             PyBytes_GET_SIZE(unfinished))
     return copy
+
+
+# Why a checksum stays unfinished.
+cdef str OTHER_KIND = "of a kind that cannot be finished here"
 
 
 cdef int require_own_sum(const uint8_t *packet, Py_ssize_t length) except -1:
@@ -144,6 +148,9 @@ cdef int require_own_sum(const uint8_t *packet, Py_ssize_t length) except -1:
     else:
         size = 16
         walk_ipv6(packet, length, &transport)
+    # Its header need not be there.
+    if not transport.whole:
+        raise cannot_finish(OTHER_KIND)
     require_header(packet, length, &transport)
     header = <const udphdr *> (packet + transport.offset)
     expected = (sum_of(transport.source, size) + sum_of(transport.destination, size)

@@ -481,6 +481,20 @@ class TestUnfinished:
         with pytest.raises(ValueError, match=r"unfinished.*inside.*bind without gso=True"):
             packet.set_payload(payload, checksums=True)
 
+    @pytest.mark.parametrize(
+        "network",
+        [
+            IP(flags="MF", proto=17),
+            IPv6() / IPv6ExtHdrFragment(m=1, nh=17),
+            IPv6() / IPv6ExtHdrRouting(type=9, segleft=1, nh=17),
+        ],
+        ids=["IPv4 fragment", "IPv6 fragment", "unknown route"],
+    )
+    def test_udp_is_not_finished_where_its_header_need_not_have_come(self, network: Layer) -> None:
+        packet = packet_of(bytes(network), checksum_ready=False)
+        with pytest.raises(ValueError, match=r"unfinished.*of a kind.*bind without gso=True"):
+            packet.set_payload(bytes(IP() / UDP()), checksums=True)
+
     def test_udp_is_not_finished_where_nothing_tells_whose_checksum_it_is(self) -> None:
         packet = packet_of(None, checksum_ready=False)
         with pytest.raises(ValueError, match=r"unfinished.*retain\(\).*bind without gso=True"):
