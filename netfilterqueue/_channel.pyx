@@ -440,6 +440,9 @@ cdef class Channel:
                 self.await_answer(sequence)
                 if self.answers[sequence] is not None:
                     return self.answers[sequence]
+                if self.fd < 0:
+                    # A signal handler, or another thread, has closed it.
+                    break
             return UNANSWERED
         finally:
             del self.answers[sequence]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import gc
 import os
 import random
@@ -13,12 +14,12 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import greenlet
 import pytest
 
-from netfilterqueue import NetfilterQueue, Packet
+from netfilterqueue import NetfilterQueue, Packet, lowlevel
 from support import (
     RECEIVE_BUFFER,
     SOON,
@@ -549,6 +550,44 @@ def test_nothing_is_sent_to_what_has_the_number_of_a_closed_queue(
     in_thread(send_when_blocked, udp)
     udp.queue.run()
     assert received == []
+
+
+def bound_queue(queue_num: int) -> NetfilterQueue:
+    queue = NetfilterQueue()
+    queue.bind(queue_num, print, sock_len=RECEIVE_BUFFER)
+    return queue
+
+
+def handle_with_queues(queue_num: int) -> lowlevel.NetfilterQueueHandle:
+    handle = lowlevel.open()
+    for number in (queue_num, queue_num + 1000):
+        handle.create_queue(number, print)
+    return handle
+
+
+def close_queue(queue: Any, *_: object) -> None:
+    queue.close()
+
+
+@pytest.mark.parametrize(
+    ("make", "end"),
+    [
+        (bound_queue, NetfilterQueue.unbind),
+        (bound_queue, NetfilterQueue.close),
+        (handle_with_queues, lowlevel.NetfilterQueueHandle.close),
+    ],
+    ids=["unbind", "close", "lowlevel"],
+)
+def test_handler_may_close_what_is_just_being_given_up(
+    queue_num: int, make: Callable[[int], Any], end: Callable[[Any], object]
+) -> None:
+    """And with it the socket from which the kernel's answer is to be read."""
+    dice = random.Random(0)
+    for _ in range(4 * TRIES):
+        with contextlib.closing(make(queue_num)) as ending:
+            with alarm(dice.uniform(1e-6, 5e-5), functools.partial(close_queue, ending)):
+                end(ending)
+    assert not bound_queues()
 
 
 CLOSING_PROGRAM = """
