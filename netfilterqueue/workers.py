@@ -271,7 +271,10 @@ class Signals:
 
     def wait(self, timeout: float | None) -> None:
         """Wait until something has happened since the last wait, or for so many seconds."""
-        select.select([self.reader], [], [], timeout)
+        # Not select(), which takes no descriptor from 1024 on.
+        poll = select.poll()
+        poll.register(self.reader, select.POLLIN)
+        poll.poll(None if timeout is None else timeout * 1000)
         with contextlib.suppress(BlockingIOError):
             os.read(self.reader, select.PIPE_BUF)
 

@@ -155,6 +155,16 @@ class TestEnd:
         assert "WARNING" not in output
         assert "Traceback" not in output
 
+    @pytest.mark.parametrize("processes", PROCESSES)
+    def test_by_a_signal_where_a_thousand_files_are_open(
+        self, team: Callable[..., Team], processes: bool
+    ) -> None:
+        begin = (
+            "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (2048, 2048)); "
+            "[os.dup(0) for _ in range(1024)]"
+        )
+        assert "2 queues, 0 dropped" in team(2, processes=processes, begin=begin).end()
+
     def test_by_a_signal_that_has_ended_the_workers_first(self, team: Callable[..., Team]) -> None:
         served = team(3)
         children = served.children()
