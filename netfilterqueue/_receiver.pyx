@@ -280,14 +280,16 @@ cdef class Receiver:
     cdef int end_binding(self) except -1:
         """Close the outbox, and take over what it has counted."""
         cdef int kind
-        self.ending = self.outbox
+        # Held beyond the last line: its end lets other threads run, which must not meet it here.
+        cdef Outbox ending = self.outbox
+        self.ending = ending
         self.outbox = None
         try:
-            self.ending.close()
+            ending.close()
         finally:
             for kind in range(VERDICTS):
-                self.given[kind] += self.ending.waiting.given[kind]
-            self.abandoned += self.ending.waiting.abandoned
+                self.given[kind] += ending.waiting.given[kind]
+            self.abandoned += ending.waiting.abandoned
             self.ending = None
         return 0
 
