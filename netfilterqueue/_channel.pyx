@@ -510,7 +510,7 @@ cdef class Channel:
         """After a fork, in the child: the other threads are the parent's."""
         self.readers = self.reading = self.waiters = 0
         # One that such a thread was reading into would never be given back.
-        self.slabs = []
+        self.forget_slabs()
         self.foreign.clear()
         self.make_locks()
         return 0
