@@ -15,7 +15,7 @@ from netfilterqueue._outbox cimport NO_DEFAULT, Outbox
 from netfilterqueue._packet cimport Packet
 from netfilterqueue._receiver cimport Limits, Pulling, Receiver, limits_of
 from netfilterqueue._signals cimport end_watch
-from netfilterqueue._uapi cimport close, getpid, nlmsghdr
+from netfilterqueue._uapi cimport NF_DROP, NF_QUEUE, NF_STOLEN, close, getpid, nlmsghdr
 
 import atexit
 import contextlib
@@ -37,12 +37,6 @@ from netfilterqueue.constants import Verdict
 from netfilterqueue.stats import QueueStats, queues_beside
 
 BUFFER_SIZE = COMPILED_BUFFER_SIZE
-
-# The verdicts that no callback can return.
-cdef uint32_t STOLEN = Verdict.STOLEN
-cdef uint32_t QUEUE = Verdict.QUEUE
-
-cdef uint32_t DROP = Verdict.DROP
 
 cdef uint8_t COPY_PACKET = constants.COPY_PACKET
 
@@ -460,7 +454,7 @@ cdef class NetfilterQueue(Receiver):
     cdef int obey(self, Packet packet, answer) except -1:
         """Give the verdict that the callback returned, if it has not given one itself."""
         cdef uint32_t verdict = answer
-        if verdict == STOLEN or verdict == QUEUE:
+        if verdict == NF_STOLEN or verdict == NF_QUEUE:
             raise ValueError(f"the callback returned {answer!r}: return Verdict.DROP, ACCEPT, "
                              "REPEAT or STOP, or None to decide by the packet's methods")
         if not packet.is_decided():
@@ -550,7 +544,7 @@ cdef class NetfilterQueue(Receiver):
             truncated=self.tally.truncated,
             # One cannot be given.
             verdicts={verdict: self.verdicts_given(verdict) for verdict in Verdict
-                      if verdict != STOLEN},
+                      if verdict != NF_STOLEN},
             abandoned=self.packets_abandoned(),
             verdict_errors=dict(self.verdict_errors),
             request_errors=self.request_errors,
@@ -624,7 +618,7 @@ def drop_older(NetfilterQueue queue not None, Packet packet not None):
     cdef uint32_t request[REQUEST_WORDS]
     if packet.fields.id > 1:
         queue.channel.transmit(encode_verdict_up_to(request, packet.fields.queue_num,
-                                                    packet.fields.id - 1, DROP))
+                                                    packet.fields.id - 1, NF_DROP))
 
 
 # Queues that are open at exit send what is pending; without this, verdicts that wait for the

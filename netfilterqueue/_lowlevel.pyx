@@ -17,7 +17,8 @@ from netfilterqueue._outbox cimport Outbox
 from netfilterqueue._packet cimport Packet
 from netfilterqueue._receiver cimport Receiver
 from netfilterqueue._uapi cimport (
-    NF_VERDICT_FLAG_QUEUE_BYPASS, NFQNL_CFG_CMD_PF_BIND, NFQNL_CFG_CMD_PF_UNBIND, getpid, nlmsghdr,
+    NFQNL_CFG_CMD_PF_BIND, NFQNL_CFG_CMD_PF_UNBIND, NF_QUEUE, NF_STOLEN, NF_STOP,
+    NF_VERDICT_FLAG_QUEUE_BYPASS, getpid, nlmsghdr,
 )
 
 import contextlib
@@ -28,11 +29,6 @@ import weakref
 from netfilterqueue import constants
 from netfilterqueue._advice import bind_refused, bind_unanswered, refused, unbind_refused
 from netfilterqueue._arguments import FLAGS, MAX_UINT32, copy_mode, integer, require_function
-from netfilterqueue.constants import Verdict
-
-cdef uint32_t QUEUE = Verdict.QUEUE
-cdef uint32_t STOLEN = Verdict.STOLEN
-cdef uint32_t STOP = Verdict.STOP
 
 cdef uint8_t COPY_PACKET = constants.COPY_PACKET
 
@@ -524,7 +520,7 @@ cdef uint32_t checked_verdict(verdict) except? 0xFFFFFFFF:
     else:
         number = integer("verdict", verdict, 0, MAX_UINT32)
     kind = number & 0xFFFF & ~<uint32_t> NF_VERDICT_FLAG_QUEUE_BYPASS
-    if number == STOLEN or number > STOP and kind != QUEUE:
+    if number == NF_STOLEN or number > NF_STOP and kind != NF_QUEUE:
         raise ValueError(f"verdict {verdict!r} cannot be given: use NF_DROP, NF_ACCEPT, NF_QUEUE, "
                          "NF_REPEAT or NF_STOP")
     return number

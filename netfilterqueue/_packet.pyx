@@ -17,8 +17,9 @@ from netfilterqueue._outbox cimport NO_DEFAULT, Outbox, unsettled
 from netfilterqueue._threads cimport add_to, add_to_total
 from netfilterqueue._uapi cimport (
     AF_BRIDGE, NFQA_CT, NFQA_CT_INFO, NFQA_L2HDR, NFQA_SECCTX, NFQA_SKB_CSUMNOTREADY,
-    NFQA_SKB_CSUM_NOTVERIFIED, NFQA_SKB_GSO, NF_VERDICT_FLAG_QUEUE_BYPASS, NF_VERDICT_MASK,
-    NF_VERDICT_QBITS, NLMSG_MIN_TYPE, nlattr, nlmsghdr,
+    NFQA_SKB_CSUM_NOTVERIFIED, NFQA_SKB_GSO, NF_ACCEPT, NF_DROP, NF_QUEUE, NF_REPEAT, NF_STOP,
+    NF_VERDICT_FLAG_QUEUE_BYPASS, NF_VERDICT_MASK, NF_VERDICT_QBITS, NLMSG_MIN_TYPE, nlattr,
+    nlmsghdr,
 )
 
 import os
@@ -27,13 +28,6 @@ from netfilterqueue import conntrack
 from netfilterqueue._arguments import bytes_of, integer
 from netfilterqueue.constants import PROTOCOLS, Verdict
 from netfilterqueue.vlan import Vlan
-
-# The verdicts that a packet's methods give, as C integers.
-cdef uint32_t ACCEPT = Verdict.ACCEPT
-cdef uint32_t DROP = Verdict.DROP
-cdef uint32_t REPEAT = Verdict.REPEAT
-cdef uint32_t STOP = Verdict.STOP
-cdef uint32_t QUEUE = Verdict.QUEUE
 
 # Always the same, as Python remembers each text of a warning.
 cdef char *ABANDONED = (
@@ -602,22 +596,22 @@ cdef class Packet:
         Like the other verdicts: RuntimeError if one has been given or the queue has been unbound,
         OSError if sending fails; the packet then counts as undecided.
         """
-        self.decide(ACCEPT)
+        self.decide(NF_ACCEPT)
 
     def drop(self):
         """Discard the packet (NF_DROP). Raises as accept() does."""
-        self.decide(DROP)
+        self.decide(NF_DROP)
 
     def repeat(self):
         """Send the packet through the rules of this hook once more, with what was set (NF_REPEAT).
         Nothing else keeps it from coming back here. Raises as accept() does."""
-        self.decide(REPEAT)
+        self.decide(NF_REPEAT)
 
     def stop(self):
         """Let the packet go on, with what was set, past all that follows at this hook: the tables
         that come later, and the kernel's own work there, such as the confirmation of a new
         connection (NF_STOP). Raises as accept() does."""
-        self.decide(STOP)
+        self.decide(NF_STOP)
 
     def requeue(self, queue_num, bypass=False):
         """Send the packet, with what was set, to the queue ``queue_num`` (0 to 65535), where it
@@ -627,7 +621,7 @@ cdef class Packet:
         another number, and as accept() does.
         """
         cdef uint32_t number = integer("queue_num", queue_num, 0, 0xFFFF)
-        cdef uint32_t verdict = QUEUE | number << NF_VERDICT_QBITS
+        cdef uint32_t verdict = NF_QUEUE | number << NF_VERDICT_QBITS
         if bypass:
             verdict |= NF_VERDICT_FLAG_QUEUE_BYPASS
         self.decide(verdict)

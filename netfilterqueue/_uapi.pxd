@@ -417,6 +417,12 @@ cdef extern from "<linux/netfilter/nfnetlink_log.h>" nogil:
 
 cdef extern from "<linux/netfilter.h>" nogil:
     enum:
+        NF_DROP
+        NF_ACCEPT
+        NF_STOLEN
+        NF_QUEUE
+        NF_REPEAT
+        NF_STOP
         NF_VERDICT_MASK
         NF_VERDICT_QBITS
         NF_VERDICT_FLAG_QUEUE_BYPASS
