@@ -1,6 +1,6 @@
 """IP packets: what they carry, and their lengths and checksums."""
+from netfilterqueue._nfqueue cimport PacketFields
 
 cdef int protocol_of(bytes packet) noexcept
-cdef cut_short(Py_ssize_t length, Py_ssize_t original)
+cdef int require_fit(bytes packet, const PacketFields *fields, bint truncate) except -1
 cdef bytes with_checksums(bytes packet, bytes unfinished, bint *whole)
-cdef int require_same_segments(bytes packet, Py_ssize_t length) except -1

@@ -13,12 +13,14 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memmove
 
 from netfilterqueue._netlink cimport read_be16
+from netfilterqueue._nfqueue cimport MAX_PAYLOAD, PacketFields, is_truncated, original_length
 from netfilterqueue._uapi cimport (
     IP6OPT_JUMBO, IP6OPT_PAD1, IP_MF, IP_OFFMASK, IPOPT_END, IPOPT_LSRR, IPOPT_NOOP, IPOPT_SSRR,
     IPPROTO_AH, IPPROTO_DSTOPTS, IPPROTO_FRAGMENT, IPPROTO_HOPOPTS, IPPROTO_ICMP, IPPROTO_ICMPV6,
-    IPPROTO_MH, IPPROTO_ROUTING, IPPROTO_TCP, IPPROTO_UDP, htonl, htons, icmphdr, ip6_hdr, iphdr,
-    nfq_ip_set_checksum, nfq_tcp_compute_checksum_ipv4, nfq_tcp_compute_checksum_ipv6,
-    nfq_udp_compute_checksum_ipv4, nfq_udp_compute_checksum_ipv6, tcphdr, udphdr,
+    IPPROTO_MH, IPPROTO_ROUTING, IPPROTO_TCP, IPPROTO_UDP, NFQA_SKB_GSO, htonl, htons, icmphdr,
+    ip6_hdr, iphdr, nfq_ip_set_checksum, nfq_tcp_compute_checksum_ipv4,
+    nfq_tcp_compute_checksum_ipv6, nfq_udp_compute_checksum_ipv4, nfq_udp_compute_checksum_ipv6,
+    tcphdr, udphdr,
 )
 
 from netfilterqueue.constants import PROTOCOLS
@@ -86,10 +88,20 @@ cdef Py_ssize_t extension_size(int protocol, const uint8_t *header) noexcept nog
     return 8 * (header[1] + 1)
 
 
-cdef cut_short(Py_ssize_t length, Py_ssize_t original):
-    return RuntimeError(
-        f"only {length} of this packet's {original} bytes are here, and with a new payload it "
-        "would lose the others: bind with a larger range, or pass truncate=True if it may")
+cdef int require_fit(bytes packet, const PacketFields *fields, bint truncate) except -1:
+    """Raise if this cannot take the place of what came, which may be shortened to the part that
+    was copied of it if ``truncate``."""
+    if not 1 <= len(packet) <= MAX_PAYLOAD:
+        raise ValueError(f"a payload of {len(packet)} bytes cannot be set: "
+                         f"it must have 1 to {MAX_PAYLOAD}; use drop() to discard a packet")
+    if is_truncated(fields) and not truncate:
+        raise RuntimeError(
+            f"only {fields.payload_length} of this packet's {original_length(fields)} bytes are "
+            "here, and with a new payload it would lose the others: bind with a larger range, or "
+            "pass truncate=True if it may")
+    if fields.skb_info & NFQA_SKB_GSO:
+        require_same_segments(packet, original_length(fields))
+    return 0
 
 
 cdef int require_same_segments(bytes packet, Py_ssize_t length) except -1:

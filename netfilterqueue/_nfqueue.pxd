@@ -66,6 +66,16 @@ cdef struct PacketFields:
     Cursor rare                  # borrowed: where the attributes are that is_rare() names
 
 
+cdef inline uint64_t original_length(const PacketFields *fields) noexcept nogil:
+    """Bytes of the whole packet, also where fewer were copied; 0 where none were."""
+    cdef uint64_t copied = <uint64_t> fields.payload_length + fields.lost
+    return copied if copied > fields.cap_len else fields.cap_len
+
+
+cdef inline bint is_truncated(const PacketFields *fields) noexcept nogil:
+    return fields.lost or fields.cap_len > fields.payload_length
+
+
 cdef enum:
     # PacketFields.known
     KNOWN_UID = 1

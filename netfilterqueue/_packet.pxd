@@ -66,7 +66,6 @@ cdef class Packet:
     cdef bytes unfinished(self)
     cdef bytes rare_value(self, uint16_t kind)
     cdef object interface_name(self, uint32_t index)
-    cdef bint is_truncated(self) noexcept
     cdef PacketChanges any_changes(self)
     cdef int require_bridged(self) except -1
     cdef int require_connection(self) except -1

@@ -4,14 +4,15 @@ from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES, PyBUF_WRITABL
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_WarnEx
 from cpython.object cimport PyTypeObject
-from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint16_t, uint32_t
 
 from netfilterqueue._changes cimport PacketChanges
 from netfilterqueue._channel cimport DEBUG, Channel, Slab, alive_now
-from netfilterqueue._checksums cimport cut_short, protocol_of, require_same_segments, with_checksums
+from netfilterqueue._checksums cimport protocol_of, require_fit, with_checksums
 from netfilterqueue._netlink cimport length_of, next_message, value_of
 from netfilterqueue._nfqueue cimport (
-    Decision, KNOWN_GID, KNOWN_UID, KNOWN_VLAN, MAX_PAYLOAD, decode_packet, find_rare, is_packet,
+    Decision, KNOWN_GID, KNOWN_UID, KNOWN_VLAN, decode_packet, find_rare, is_packet, is_truncated,
+    original_length,
 )
 from netfilterqueue._outbox cimport NO_DEFAULT, Outbox, unsettled
 from netfilterqueue._threads cimport add_to, add_to_total
@@ -93,7 +94,7 @@ cdef class Batch:
             return False
         tally.packets += 1
         tally.bytes += packet.fields.payload_length
-        tally.truncated += packet.is_truncated()
+        tally.truncated += is_truncated(&packet.fields)
         packet.batch = self
         self.packets += 1
         packet.slab = self.slab
@@ -299,17 +300,13 @@ cdef class Packet:
     def original_len(self):
         """The packet's length in bytes, also where fewer were copied; 0 where none were, in
         COPY_META mode (NFQA_CAP_LEN)."""
-        return max(self.fields.cap_len,
-                   <uint64_t> self.fields.payload_length + self.fields.lost)
+        return original_length(&self.fields)
 
     @property
     def truncated(self):
         """Whether only the payload's beginning was copied: the packet is longer than the queue's
         range, or than the 65531 bytes that fit into a message."""
-        return self.is_truncated()
-
-    cdef bint is_truncated(self) noexcept:
-        return self.fields.lost or self.fields.cap_len > self.fields.payload_length
+        return is_truncated(&self.fields)
 
     @property
     def checksum_ready(self):
@@ -384,13 +381,7 @@ cdef class Packet:
         cdef bint right = False
         if payload is not None:
             replacement = payload if type(payload) is bytes else bytes_of("payload", payload)
-            if not 1 <= len(replacement) <= MAX_PAYLOAD:
-                raise ValueError(f"a payload of {len(replacement)} bytes cannot be set: "
-                                 f"it must have 1 to {MAX_PAYLOAD}; use drop() to discard a packet")
-            if self.is_truncated() and not truncate:
-                raise cut_short(self.fields.payload_length, self.original_len)
-            if self.fields.skb_info & NFQA_SKB_GSO:
-                require_same_segments(replacement, self.original_len)
+            require_fit(replacement, &self.fields, truncate)
             if checksums:
                 replacement = with_checksums(replacement, self.unfinished(), &right)
         with cython.critical_section(self.owner):
