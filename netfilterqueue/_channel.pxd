@@ -3,6 +3,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from netfilterqueue._netlink cimport Cursor
 from netfilterqueue._signals cimport Watch
+from netfilterqueue._threads cimport read_count
 from netfilterqueue._uapi cimport iovec, mmsghdr, nlmsghdr, pthread_cond_t, pthread_mutex_t
 
 
@@ -62,13 +63,25 @@ cdef class Slab:
     cdef int lend(self, bytes source) except -1
     cdef int put(self, bytes content) except -1
     cdef int take_stock(self, Channel channel) except -1
-    cdef Cursor datagram(self, int slot) noexcept
-    cdef bint is_idle(self) noexcept
     cdef void **lend_to(self, void *borrower) except NULL
     cdef int settle(self, int (*keep)(object) except -1) except -1
 
 
 cdef Slab slab_of(list datagrams)
+
+
+# For every packet.
+
+cdef inline bint is_idle(Slab slab) noexcept:
+    """Whether nobody looks at its bytes, so that others may take their place."""
+    return not slab.users and not read_count(&slab.views)
+
+
+cdef inline Cursor datagram_in(Slab slab, int slot) noexcept:
+    cdef Cursor cursor
+    cursor.at = <const char *> slab.vectors[slot].iov_base
+    cursor.left = slab.headers[slot].msg_len
+    return cursor
 
 
 cdef class Channel:
@@ -99,14 +112,12 @@ cdef class Channel:
     cdef uint32_t port_id(self) except? 0
     cdef int shape(self, unsigned int slots, size_t slot_size) except -1
     cdef int forget_slabs(self) except -1
-    cdef Slab spare_slab(self)
     cdef Slab receive(self, Watch *watch)
     cdef bint never_waits(self) except -1
     cdef int await_readable(self, int milliseconds) except -1
     cdef int take(self, const nlmsghdr *message, size_t length) except -1
     cdef Slab receive_until(self, double deadline, Watch *watch)
     cdef void make_locks(self) noexcept
-    cdef void end_reading(self) noexcept
     cdef int begin_foreign(self) except -1
     cdef int end_foreign(self) except -1
     cdef int others_reading(self) except -1

@@ -10,8 +10,8 @@ from libc.string cimport memcpy, memset
 from netfilterqueue._netlink cimport Cursor, next_message, send_noop
 from netfilterqueue._signals cimport Watch, begin_watch, forget_socket, watching
 from netfilterqueue._threads cimport (
-    add_to, add_to_total, allow_to_take, from_now, give_back, init_condition, read_count,
-    try_to_take, wait_until,
+    add_to, add_to_total, allow_to_take, from_now, give_back, init_condition, try_to_take,
+    wait_until,
 )
 from netfilterqueue._uapi cimport close as close_descriptor
 from netfilterqueue._uapi cimport (
@@ -102,10 +102,6 @@ cdef class Slab:
     def __releasebuffer__(self, Py_buffer *view):
         add_to(&self.views, -1)
 
-    cdef bint is_idle(self) noexcept:
-        """Whether nobody looks at its bytes, so that others may take their place."""
-        return not self.users and not read_count(&self.views)
-
     cdef int lend(self, bytes source) except -1:
         """Hold one datagram that somebody else received."""
         self.source = source
@@ -135,7 +131,7 @@ cdef class Slab:
         if channel is not None:
             channel.nudged = False
         for slot in range(self.filled):
-            cursor = self.datagram(slot)
+            cursor = datagram_in(self, slot)
             while True:
                 message = next_message(&cursor, &length)
                 if message is NULL:
@@ -147,12 +143,6 @@ cdef class Slab:
             if cursor.left and channel is not None:
                 channel.malformed += 1
         return 0
-
-    cdef Cursor datagram(self, int slot) noexcept:
-        cdef Cursor cursor
-        cursor.at = <const char *> self.vectors[slot].iov_base
-        cursor.left = self.headers[slot].msg_len
-        return cursor
 
     # What borrows its bytes beyond a callback is noted here, so that it can be asked to take a copy
     # before they are overwritten.
@@ -192,6 +182,33 @@ cdef Slab slab_of(list datagrams):
     slab.users = 1
     slab.take_stock(None)
     return slab
+
+
+# For every read.
+
+cdef inline Slab spare_slab(Channel channel):
+    cdef Slab slab = channel.latest
+    if slab is not None and is_idle(slab):
+        return slab
+    for slab in channel.slabs:
+        if is_idle(slab):
+            channel.latest = slab
+            return slab
+    slab = Slab(channel.slots, channel.slot_size)
+    if len(channel.slabs) < POOLED_SLABS:
+        channel.slabs.append(slab)
+        channel.latest = slab
+    return slab
+
+
+# Without Python, whose signal handlers could raise before what was read is in safe hands.
+cdef inline void end_reading(Channel channel) noexcept:
+    channel.reading -= 1
+    if channel.waiters:
+        pthread_mutex_lock(&channel.lock)
+        channel.ends += 1
+        pthread_cond_broadcast(&channel.news)
+        pthread_mutex_unlock(&channel.lock)
 
 
 cdef class Channel:
@@ -259,20 +276,6 @@ cdef class Channel:
         self.latest = None
         return 0
 
-    cdef Slab spare_slab(self):
-        cdef Slab slab = self.latest
-        if slab is not None and slab.is_idle():
-            return slab
-        for slab in self.slabs:
-            if slab.is_idle():
-                self.latest = slab
-                return slab
-        slab = Slab(self.slots, self.slot_size)
-        if len(self.slabs) < POOLED_SLABS:
-            self.slabs.append(slab)
-            self.latest = slab
-        return slab
-
     cdef Slab receive(self, Watch *watch):
         """One read of as many datagrams as there are and fit; the slab is the caller's, who counts
         its users down. Without a watch over signals, or if somebody has made the descriptor
@@ -285,7 +288,7 @@ cdef class Channel:
             while True:
                 PyErr_CheckSignals()
                 # Nothing from here to the read lets other code run, which could take the same one.
-                slab = self.spare_slab()
+                slab = spare_slab(self)
                 slab.users += 1
                 self.reading += 1
                 with nogil:
@@ -294,7 +297,7 @@ cdef class Channel:
                             and watching(self.fd, watch)):
                         count = receive_one(slab, self.fd)
                     error = errno
-                self.end_reading()
+                end_reading(self)
                 if count > 0:
                     slab.filled = count
                     slab.take_stock(self)
@@ -348,19 +351,10 @@ cdef class Channel:
         with nogil:
             result = poll(&descriptor, 1, milliseconds)
             error = errno
-        self.end_reading()
+        end_reading(self)
         if result < 0 and error != EINTR:
             raise os_error(error, "cannot wait for the netlink socket")
         return 0
-
-    # Without Python, whose signal handlers could raise before what was read is in safe hands.
-    cdef void end_reading(self) noexcept:
-        self.reading -= 1
-        if self.waiters:
-            pthread_mutex_lock(&self.lock)
-            self.ends += 1
-            pthread_cond_broadcast(&self.news)
-            pthread_mutex_unlock(&self.lock)
 
     cdef int begin_foreign(self) except -1:
         """Another object's recv() is about to be called, which can run Python code on this thread:
@@ -373,7 +367,7 @@ cdef class Channel:
     cdef int end_foreign(self) except -1:
         self.foreign.remove(threading.get_ident())
         self.readers -= 1
-        self.end_reading()
+        end_reading(self)
         return 0
 
     cdef int others_reading(self) except -1:

@@ -25,7 +25,7 @@ def packets_from(datagrams, *, int fd=-1, double verdict_delay=0.001, dict inter
     if batch.undecided > 1:
         outbox.start_helper()
     while True:
-        packet = batch.next(names, &tally)
+        packet = batch.next(None, names, &tally)
         if packet is None:
             return packets, dict(tally.skipped)
         packet.keep_payload()

@@ -12,7 +12,7 @@ from netfilterqueue._nfqueue cimport (
     encode_unbind, encode_verdict_up_to,
 )
 from netfilterqueue._outbox cimport NO_DEFAULT, Outbox
-from netfilterqueue._packet cimport Packet
+from netfilterqueue._packet cimport Packet, is_decided
 from netfilterqueue._receiver cimport Limits, Pulling, Receiver, limits_of
 from netfilterqueue._signals cimport end_watch
 from netfilterqueue._uapi cimport NF_DROP, NF_QUEUE, NF_STOLEN, close, getpid, nlmsghdr
@@ -447,7 +447,7 @@ cdef class NetfilterQueue(Receiver):
         except BaseException:
             packet.keep_payload()
             raise
-        packet.end_borrowing()
+        self.take_back(packet)
         return True
 
     @cython.critical_section
@@ -457,7 +457,7 @@ cdef class NetfilterQueue(Receiver):
         if verdict == NF_STOLEN or verdict == NF_QUEUE:
             raise ValueError(f"the callback returned {answer!r}: return Verdict.DROP, ACCEPT, "
                              "REPEAT or STOP, or None to decide by the packet's methods")
-        if not packet.is_decided():
+        if not is_decided(packet):
             packet.decide(verdict)
         return 0
 
@@ -477,10 +477,11 @@ cdef class NetfilterQueue(Receiver):
         try:
             with cython.critical_section(self):
                 self.require_no_callback()
-                while not packets and self.fill(outbox, &limits):
-                    while limits.wanted and (packet := self.pull()) is not None:
-                        packets.append(packet)
-                        limits.wanted -= 1
+                packet = self.await_pulled(outbox, &limits)
+                while packet is not None:
+                    packets.append(packet)
+                    limits.wanted -= 1
+                    packet = self.pull() if limits.wanted else None
         finally:
             self.leave_with(packets, outbox, &limits)
         return packets

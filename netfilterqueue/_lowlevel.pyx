@@ -15,7 +15,7 @@ from netfilterqueue._nfqueue cimport (
 )
 from netfilterqueue._outbox cimport Outbox
 from netfilterqueue._packet cimport Packet
-from netfilterqueue._receiver cimport Receiver
+from netfilterqueue._receiver cimport Receiver, next_packet, take
 from netfilterqueue._uapi cimport (
     NFQNL_CFG_CMD_PF_BIND, NFQNL_CFG_CMD_PF_UNBIND, NF_QUEUE, NF_STOLEN, NF_STOP,
     NF_VERDICT_FLAG_QUEUE_BYPASS, getpid, nlmsghdr,
@@ -225,7 +225,7 @@ cdef class NetfilterQueueHandle(Receiver):
                 self.return_from_recv()
         try:
             with cython.critical_section(self):
-                self.take(self.borrow(datagram), self.outbox)
+                take(self, self.borrow(datagram), self.outbox)
                 self.outbox.raise_late_error()
             while (delivered := self.next_to_deliver()) is not None:
                 self.deliver(delivered)
@@ -253,7 +253,7 @@ cdef class NetfilterQueueHandle(Receiver):
 
     cdef Packet next_kept(self):
         """The next of the packets that came, in their order, or None."""
-        return self.kept.pop(0) if self.kept else self.next_packet()
+        return self.kept.pop(0) if self.kept else next_packet(self)
 
     @cython.critical_section
     cdef NetfilterQueueData next_to_deliver(self):

@@ -5,7 +5,7 @@ from cpython.pyport cimport PY_SSIZE_T_MAX
 from libc.errno cimport EBUSY
 from libc.stdint cimport uint32_t, uint64_t
 
-from netfilterqueue._channel cimport UNANSWERED, Channel, Slab, duplicate, slab_of
+from netfilterqueue._channel cimport UNANSWERED, Channel, Slab, datagram_in, duplicate, slab_of
 from netfilterqueue._netlink cimport Cursor, next_message, read_be32
 from netfilterqueue._nflogdata cimport NflogData, keep, lend
 from netfilterqueue._nflogformat cimport (
@@ -80,7 +80,7 @@ cdef Slab compacted(Slab slab):
     cdef list datagrams = []
     try:
         for slot in range(slab.filled):
-            cursor = slab.datagram(slot)
+            cursor = datagram_in(slab, slot)
             datagrams.append(cursor.at[:cursor.left])
         return slab_of(datagrams)
     finally:
@@ -449,7 +449,7 @@ cdef class Nflog:
 
     cdef int begin_datagram(self, int slot) except -1:
         self.slot = slot
-        self.rest = self.slab.datagram(slot)
+        self.rest = datagram_in(self.slab, slot)
         self.begins = True
         return 0
 

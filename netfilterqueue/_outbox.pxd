@@ -75,7 +75,7 @@ cdef class Outbox:
     cdef int raise_late_error(self) except -1
     cdef int postpone(self, int error) noexcept
     cdef bint cares_for(self, uint32_t forks) noexcept
-    cdef bint failed(self, uint64_t flight) noexcept
+    cdef bint is_among_failed(self, uint64_t flight) noexcept
     cdef int refused(self, uint32_t sequence, int error) noexcept
     cdef int close(self) except -1
 
@@ -83,3 +83,8 @@ cdef class Outbox:
 cdef inline bint unsettled(Outbox outbox) noexcept:
     """Whether flush() or raise_late_error() have anything to do: for those who ask often."""
     return outbox.waiting.length or outbox.waiting.late_error
+
+
+cdef inline bint failed(Outbox outbox, uint64_t flight) noexcept:
+    """Whether that send failed."""
+    return outbox.waiting.failures and outbox.is_among_failed(flight)

@@ -158,12 +158,10 @@ cdef class Outbox:
         pthread_mutex_unlock(&self.waiting.lock)
         return True
 
-    cdef bint failed(self, uint64_t flight) noexcept:
+    cdef bint is_among_failed(self, uint64_t flight) noexcept:
         cdef Waiting *waiting = self.waiting
         cdef bint found = False
         cdef size_t pair
-        if not waiting.failures:
-            return False
         # The helper may note another failure just now, and move the array.
         pthread_mutex_lock(&waiting.lock)
         for pair in range(waiting.failures):

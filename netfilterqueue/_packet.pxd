@@ -5,7 +5,7 @@ from netfilterqueue._changes cimport PacketChanges
 from netfilterqueue._channel cimport Slab
 from netfilterqueue._netlink cimport Cursor
 from netfilterqueue._nfqueue cimport Decision, PacketFields, Skipped
-from netfilterqueue._outbox cimport Outbox
+from netfilterqueue._outbox cimport Outbox, failed
 from netfilterqueue._uapi cimport nlmsghdr
 
 
@@ -32,8 +32,9 @@ cdef class Batch:
     cdef Cursor rest            # of the datagram at hand
     cdef Batch following        # the next one of the same queue
 
-    cdef Packet next(self, object owner, Tally *tally)
-    cdef bint unwrap(self, Packet packet, const nlmsghdr *message, size_t length, Tally *tally)
+    cdef Packet next(self, Packet used, object owner, Tally *tally)
+    cdef bint unwrap(self, Packet packet, const nlmsghdr *message, size_t length,
+                     Tally *tally) noexcept
     cdef int end(self) except -1
 
 
@@ -60,6 +61,7 @@ cdef class Packet:
 
     cdef int keep_payload(self) except -1
     cdef int end_borrowing(self) except -1
+    cdef bint renew(self) except -1
     cdef int keep_rare(self) except -1
     cdef bytes any_payload(self)
     cdef bytes payload(self)
@@ -69,7 +71,10 @@ cdef class Packet:
     cdef PacketChanges any_changes(self)
     cdef int require_bridged(self) except -1
     cdef int require_connection(self) except -1
-    cdef bint is_decided(self) noexcept
     cdef int decide(self, uint32_t verdict) except -1
     cdef int abandon(self) except -1
     cdef int send_decision(self, const Decision *decision) except -1
+
+
+cdef inline bint is_decided(Packet packet) noexcept:
+    return packet.decided and not failed(packet.batch.outbox, packet.flight)

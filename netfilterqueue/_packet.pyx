@@ -7,7 +7,7 @@ from cpython.object cimport PyTypeObject
 from libc.stdint cimport uint16_t, uint32_t
 
 from netfilterqueue._changes cimport PacketChanges
-from netfilterqueue._channel cimport DEBUG, Channel, Slab, alive_now
+from netfilterqueue._channel cimport DEBUG, Channel, Slab, alive_now, datagram_in
 from netfilterqueue._checksums cimport protocol_of, require_fit, with_checksums
 from netfilterqueue._netlink cimport length_of, next_message, value_of
 from netfilterqueue._nfqueue cimport (
@@ -15,7 +15,7 @@ from netfilterqueue._nfqueue cimport (
     original_length,
 )
 from netfilterqueue._outbox cimport NO_DEFAULT, Outbox, unsettled
-from netfilterqueue._threads cimport add_to, add_to_total
+from netfilterqueue._threads cimport add_to, add_to_total, is_only_reference
 from netfilterqueue._uapi cimport (
     AF_BRIDGE, NFQA_CT, NFQA_CT_INFO, NFQA_L2HDR, NFQA_SECCTX, NFQA_SKB_CSUMNOTREADY,
     NFQA_SKB_CSUM_NOTVERIFIED, NFQA_SKB_GSO, NF_ACCEPT, NF_DROP, NF_QUEUE, NF_REPEAT, NF_STOP,
@@ -50,7 +50,7 @@ cdef Batch new_batch(Slab slab, Outbox outbox, Batch used):
     batch.forks = outbox.waiting.forks
     batch.undecided = batch.remaining = slab.messages
     batch.slot = 0
-    batch.rest = slab.datagram(0)
+    batch.rest = datagram_in(slab, 0)
     return batch
 
 
@@ -60,20 +60,22 @@ cdef Batch new_batch(Slab slab, Outbox outbox, Batch used):
 @cython.freelist(8)
 cdef class Batch:
 
-    cdef Packet next(self, object owner, Tally *tally):
-        """The next packet, or None when all have been handed out."""
+    cdef Packet next(self, Packet used, object owner, Tally *tally):
+        """The next packet, or None when all have been handed out. ``used``, one that is done with,
+        or None, serves again."""
         cdef const nlmsghdr *message
         cdef size_t length
-        cdef Packet packet
+        cdef Packet packet = used
         if not self.remaining:
             return None
-        # First of all: this can start the garbage collector, and so any code, on any thread.
-        packet = Packet.__new__(Packet)
+        if used is None:
+            # First of all: this can start the garbage collector, and so any code, on any thread.
+            packet = Packet.__new__(Packet)
         while self.remaining:
             message = next_message(&self.rest, &length)
             if message is NULL:
                 self.slot += 1
-                self.rest = self.slab.datagram(self.slot)
+                self.rest = datagram_in(self.slab, self.slot)
             elif message.nlmsg_type >= NLMSG_MIN_TYPE:
                 self.remaining -= 1
                 if self.unwrap(packet, message, length, tally):
@@ -84,7 +86,8 @@ cdef class Batch:
             self.end()
         return packet if packet.batch is not None else None
 
-    cdef bint unwrap(self, Packet packet, const nlmsghdr *message, size_t length, Tally *tally):
+    cdef bint unwrap(self, Packet packet, const nlmsghdr *message, size_t length,
+                     Tally *tally) noexcept:
         """Make it the packet of a message; False, and one more in the tally, if it has none."""
         if not is_packet(message):
             tally.skipped.foreign += 1
@@ -99,6 +102,8 @@ cdef class Batch:
         self.packets += 1
         packet.slab = self.slab
         self.slab.users += 1
+        if DEBUG:
+            add_to_total(&alive_now.packets, 1)
         return True
 
     cdef int end(self) except -1:
@@ -129,19 +134,15 @@ cdef class Packet:
     Any thread may decide any packet.
     """
 
-    def __cinit__(self):
-        if DEBUG:
-            add_to_total(&alive_now.packets, 1)
-
     def __init__(self, *args, **kwargs):
         raise TypeError("packets come from a NetfilterQueue and cannot be constructed; "
                         "for tests there is netfilterqueue.testing.packet()")
 
     def __dealloc__(self):
-        if DEBUG:
-            add_to_total(&alive_now.packets, -1)
         if self.batch is None:
             return
+        if DEBUG:
+            add_to_total(&alive_now.packets, -1)
         with cython.critical_section(self.owner):
             if self.slab is not None:
                 # First of all: whoever finds it there takes it to be whole.
@@ -149,7 +150,7 @@ cdef class Packet:
                     self.place[0] = NULL
                 self.slab.users -= 1
             try:
-                if not self.is_decided():
+                if not is_decided(self):
                     self.abandon()
             finally:
                 if not self.decided:
@@ -478,6 +479,21 @@ cdef class Packet:
                 self.slab = None
         return 0
 
+    cdef bint renew(self) except -1:
+        """End borrowing, and make the packet as new, to serve for another message. False: somebody
+        else has it, or something is left to be done at its end."""
+        self.end_borrowing()
+        if (not is_only_reference(<void *> self) or not is_decided(self)
+                or self.retained is not None or self.rare is not None
+                or self.replacement is not None or self.changes is not None):
+            return False
+        self.batch.packets -= 1
+        self.batch = self.owner = None
+        self.has_new_mark = self.decided = False
+        if DEBUG:
+            add_to_total(&alive_now.packets, -1)
+        return True
+
     cdef int keep_rare(self) except -1:
         self.rare = PyBytes_FromStringAndSize(self.fields.rare.at, self.fields.rare.left)
         self.fields.rare.at = PyBytes_AS_STRING(self.rare)
@@ -579,7 +595,7 @@ cdef class Packet:
     def verdict(self):
         """The ``Verdict`` given, None as long as there is none."""
         with cython.critical_section(self.owner):
-            return Verdict(self.given & NF_VERDICT_MASK) if self.is_decided() else None
+            return Verdict(self.given & NF_VERDICT_MASK) if is_decided(self) else None
 
     def accept(self):
         """Let the packet go on, with what was set (NF_ACCEPT).
@@ -616,9 +632,6 @@ cdef class Packet:
         if bypass:
             verdict |= NF_VERDICT_FLAG_QUEUE_BYPASS
         self.decide(verdict)
-
-    cdef bint is_decided(self) noexcept:
-        return self.decided and not self.batch.outbox.failed(self.flight)
 
     cdef int decide(self, uint32_t verdict) except -1:
         cdef Decision decision
@@ -664,7 +677,7 @@ cdef class Packet:
             raise RuntimeError("this packet came from no queue")
         outbox = self.batch.outbox
         while True:
-            if self.is_decided():
+            if is_decided(self):
                 raise RuntimeError("Verdict already given for this packet")
             if outbox.closed:
                 raise RuntimeError("Parent queue has already been unbound")

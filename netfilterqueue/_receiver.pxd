@@ -8,7 +8,9 @@ from netfilterqueue._signals cimport Watch
 
 
 cdef struct Limits:
-    double deadline             # NEVER: wait for ever; AT_ONCE: do not wait
+    bint waits                  # for packets: if not, it hands out what is pending
+    bint timed                  # it waits until the deadline, on the clock of time.monotonic()
+    double deadline
     Py_ssize_t wanted           # packets to hand out, at the most
     int64_t pending             # packets that were, when it was called, and are not read; at most
     bint emptied                # nothing is left of them, and it does not wait for others
@@ -25,6 +27,7 @@ cdef class Receiver:
     cdef Channel channel        # None until it is needed: a subclass may never call __init__
     cdef Outbox outbox          # of the present binding; None: not bound
     cdef Outbox ending          # of one whose counts are not yet among those of earlier bindings
+    cdef Packet spare           # one that the callback is done with, to serve again, or None
     cdef Batch first            # batches with packets that wait to be handed out, a linked list
     cdef Batch last             # the end of that list, or the last one that was
     cdef list pulled            # the two latest slabs that packets were pulled from: its users too
@@ -47,22 +50,23 @@ cdef class Receiver:
     cdef int leave(self, Outbox outbox, Limits *limits, list packets) except -1
     cdef int leave_with(self, list packets, Outbox outbox, Limits *limits) except -1
     cdef Packet await_packet(self, Outbox outbox, Limits *limits)
+    cdef int take_back(self, Packet packet) except -1
     cdef Packet await_pulled(self, Outbox outbox, Limits *limits)
-    cdef bint fill(self, Outbox outbox, Limits *limits) except -1
-    cdef Slab read_socket(self, Limits *limits)
     cdef Packet await_through(self, sock, Outbox outbox, Limits *limits)
     cdef Slab borrow(self, bytes datagram)
     cdef bytes receive_from(self, sock)
-    cdef Packet next_packet(self)
     cdef bint have_several(self) noexcept
     cdef Packet pull(self)
-    cdef int take(self, Slab slab, Outbox outbox) except -1
     cdef int take_arrived(self) except -1
     cdef int end_binding(self) except -1
     cdef uint64_t verdicts_given(self, int kind) noexcept
     cdef uint64_t packets_abandoned(self) noexcept
     cdef int note_refusals(self, Outbox outbox) except -1
     cdef int forget_batches(self) except -1
+
+
+cdef Packet next_packet(Receiver queue)
+cdef int take(Receiver queue, Slab slab, Outbox outbox) except -1
 
 
 cdef class Pulling:

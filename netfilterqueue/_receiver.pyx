@@ -7,20 +7,15 @@ from cpython.pythread cimport PyThread_get_thread_ident
 from libc.errno cimport EAGAIN, ENOBUFS
 from libc.stdint cimport uint32_t
 
-from netfilterqueue._channel cimport Slab, duplicate
+from netfilterqueue._channel cimport Channel, Slab, duplicate, is_idle
 from netfilterqueue._outbox cimport VERDICTS, Outbox, is_verdict, unsettled
 from netfilterqueue._packet cimport Batch, Packet, new_batch
 from netfilterqueue._signals cimport end_watch
 from netfilterqueue._uapi cimport close
 
-import math
 import time
 
 from netfilterqueue._arguments import MAX_TIMEOUT, integer, seconds
-
-# Deadlines, on the clock of time.monotonic().
-cdef double NEVER = math.inf
-cdef double AT_ONCE = -math.inf
 
 cdef enum:
     # What a loop does next.
@@ -32,20 +27,21 @@ cdef enum:
 cdef Limits limits_of(block, timeout, count) except *:
     cdef Limits limits
     limits.wanted = PY_SSIZE_T_MAX if count is None else integer("count", count, 1, PY_SSIZE_T_MAX)
-    limits.deadline = NEVER
     limits.emptied = limits.watch.begun = False
-    if timeout is not None:
+    limits.waits = bool(block)
+    limits.timed = timeout is not None
+    limits.deadline = 0
+    if limits.timed:
         timeout = seconds("timeout", timeout, MAX_TIMEOUT)
-        limits.deadline = time.monotonic() + timeout if timeout else AT_ONCE
-    if not block:
-        limits.deadline = AT_ONCE
+        limits.waits = limits.waits and timeout > 0
+        limits.deadline = time.monotonic() + timeout
     return limits
 
 
 # For every packet: not methods, which would not be compiled into their callers.
 
 cdef inline bint used_up(const Limits *limits) except -1:
-    return not limits.wanted or (AT_ONCE < limits.deadline < NEVER
+    return not limits.wanted or (limits.timed and limits.waits
                                  and time.monotonic() >= limits.deadline)
 
 
@@ -80,6 +76,69 @@ cdef inline int drop_first(Receiver queue) except -1:
     # A packet that is held keeps its batch, and must not keep all that came later with it.
     dropped.following = None
     return 0
+
+
+cdef Packet next_packet(Receiver queue):
+    """The next of the packets that have been read, or None."""
+    cdef Batch batch
+    cdef Packet packet
+    cdef Packet used = queue.spare
+    queue.spare = None
+    while queue.first is not None:
+        batch = queue.first
+        packet = batch.next(used, queue, &queue.tally)
+        if not batch.remaining and queue.first is batch:
+            drop_first(queue)
+        if packet is not None:
+            return packet
+    return None
+
+
+cdef int take(Receiver queue, Slab slab, Outbox outbox) except -1:
+    """Queue what a read has brought for delivery."""
+    if outbox is not None and outbox.closed:
+        # A signal handler has unbound the queue, and perhaps bound it again, before the read.
+        outbox = queue.outbox
+    if outbox is None:
+        slab.users -= 1
+        return 0
+    if slab.messages:
+        queue.tally.batches += 1
+        append(queue, new_batch(slab, outbox, queue.last if queue.first is None else None))
+        if slab.messages > 1:
+            outbox.start_helper()
+    else:
+        slab.users -= 1
+    if queue.channel.refusals:
+        queue.note_refusals(outbox)
+    return 0
+
+
+cdef inline Slab read_socket(Channel channel, Limits *limits):
+    if not limits.waits:
+        return channel.receive(NULL)
+    if limits.timed:
+        return channel.receive_until(limits.deadline, &limits.watch)
+    return channel.receive(&limits.watch)
+
+
+cdef inline bint fill(Receiver queue, Outbox outbox, Limits *limits) except -1:
+    """Read until there are packets to hand out. False: there will be none, and it is time to
+    leave."""
+    cdef Slab slab
+    cdef int step
+    while True:
+        step = next_step(queue, outbox, limits)
+        if step != READ:
+            return step == HAND_OUT
+        slab = None if limits.emptied else read_socket(queue.channel, limits)
+        if slab is None:
+            return False
+        if not limits.waits:
+            # The last read is one that does not fill its slab; a flood fills all.
+            limits.pending -= slab.messages
+            limits.emptied = slab.filled < <int> slab.slots or limits.pending <= 0
+        take(queue, slab, outbox)
 
 
 cdef class Receiver:
@@ -145,44 +204,26 @@ cdef class Receiver:
     cdef Packet await_packet(self, Outbox outbox, Limits *limits):
         """The next packet; None when it is time to leave. Enters the critical section."""
         cdef Packet packet = None
-        while packet is None and not used_up(limits) and self.fill(outbox, limits):
-            packet = self.next_packet()
+        while packet is None and not used_up(limits) and fill(self, outbox, limits):
+            packet = next_packet(self)
         if packet is not None:
             limits.wanted -= 1
         return packet
 
     @cython.critical_section
+    cdef int take_back(self, Packet packet) except -1:
+        """Its callback has returned. Enters the critical section."""
+        if packet.renew():
+            self.spare = packet
+        return 0
+
+    @cython.critical_section
     cdef Packet await_pulled(self, Outbox outbox, Limits *limits):
         """The same for who keeps the packet. Enters the critical section."""
         cdef Packet packet = None
-        while packet is None and self.fill(outbox, limits):
+        while packet is None and fill(self, outbox, limits):
             packet = self.pull()
         return packet
-
-    cdef bint fill(self, Outbox outbox, Limits *limits) except -1:
-        """Read until there are packets to hand out. False: there will be none, and it is time to
-        leave."""
-        cdef Slab slab
-        cdef int step
-        while True:
-            step = next_step(self, outbox, limits)
-            if step != READ:
-                return step == HAND_OUT
-            slab = None if limits.emptied else self.read_socket(limits)
-            if slab is None:
-                return False
-            # Without waiting, the last read is one that does not fill its slab; a flood fills all.
-            limits.pending -= slab.messages
-            limits.emptied = limits.deadline == AT_ONCE and (slab.filled < <int> slab.slots
-                                                             or limits.pending <= 0)
-            self.take(slab, outbox)
-
-    cdef Slab read_socket(self, Limits *limits):
-        if limits.deadline == AT_ONCE:
-            return self.channel.receive(NULL)
-        if limits.deadline < NEVER:
-            return self.channel.receive_until(limits.deadline, &limits.watch)
-        return self.channel.receive(&limits.watch)
 
     cdef Packet await_through(self, sock, Outbox outbox, Limits *limits):
         """The next packet, read through a socket object; None if nothing is pending there, or it is
@@ -196,7 +237,7 @@ cdef class Receiver:
                 step = next_step(self, outbox, limits)
                 if step == LEAVE:
                     return None
-                packet = self.next_packet() if step == HAND_OUT else None
+                packet = next_packet(self) if step == HAND_OUT else None
                 if packet is not None:
                     return packet
                 if step != HAND_OUT:
@@ -209,11 +250,11 @@ cdef class Receiver:
             if not datagram:
                 return None
             with cython.critical_section(self):
-                self.take(self.borrow(datagram), outbox)
+                take(self, self.borrow(datagram), outbox)
 
     cdef Slab borrow(self, bytes datagram):
         """A slab around what somebody else received."""
-        if self.borrowed is None or not self.borrowed.is_idle():
+        if self.borrowed is None or not is_idle(self.borrowed):
             self.borrowed = Slab(1, 0)
         self.borrowed.users += 1
         self.borrowed.lend(datagram)
@@ -240,41 +281,11 @@ cdef class Receiver:
             return datagram
         return bytes(memoryview(datagram))
 
-    cdef Packet next_packet(self):
-        """The next of the packets that have been read, or None."""
-        cdef Batch batch
-        cdef Packet packet = None
-        while packet is None and self.first is not None:
-            batch = self.first
-            packet = batch.next(self, &self.tally)
-            if not batch.remaining and self.first is batch:
-                drop_first(self)
-        return packet
-
-    cdef int take(self, Slab slab, Outbox outbox) except -1:
-        """Queue what a read has brought for delivery."""
-        if outbox is not None and outbox.closed:
-            # A signal handler has unbound the queue, and perhaps bound it again, before the read.
-            outbox = self.outbox
-        if outbox is None:
-            slab.users -= 1
-            return 0
-        if slab.messages:
-            self.tally.batches += 1
-            append(self, new_batch(slab, outbox, self.last if self.first is None else None))
-            if slab.messages > 1:
-                outbox.start_helper()
-        else:
-            slab.users -= 1
-        if self.channel.refusals:
-            self.note_refusals(outbox)
-        return 0
-
     cdef int take_arrived(self) except -1:
         cdef list arrived = self.channel.arrived
         self.channel.arrived = []
         for slab in arrived:
-            self.take(slab, self.outbox)
+            take(self, slab, self.outbox)
         return 0
 
     cdef int end_binding(self) except -1:
@@ -348,7 +359,7 @@ cdef class Receiver:
             # Whoever waits for the socket takes the others while this one is being looked at. Told
             # first, as an error of this would lose a packet taken before.
             self.channel.nudge()
-        packet = self.next_packet()
+        packet = next_packet(self)
         if packet is None:
             return None
         if not self.pulled or self.pulled[-1] is not packet.slab:

@@ -1,0 +1,143 @@
+"""A packet that is decided and that nobody has kept serves for the next message: none can tell."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from netfilterqueue import NetfilterQueue, Packet
+from support import RECEIVE_BUFFER, run_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from support import UdpFlow
+
+USES: dict[str, Callable[[Packet], object]] = {
+    "nothing": lambda packet: None,
+    "mark": lambda packet: packet.set_mark(7),
+    "payload": lambda packet: packet.set_payload(bytes(packet)[:-1] + b"!"),
+    "retain": Packet.retain,
+    "bytes": bytes,
+    "view": memoryview,
+    "priority": lambda packet: packet.set_priority(7),
+    "rare attribute": lambda packet: packet.conntrack,
+}
+
+HOLDS: dict[str, Callable[[Packet], Any]] = {
+    "itself": lambda packet: lambda: packet,
+    "method": lambda packet: lambda held=packet.accept: held.__self__,
+    "generator": lambda packet: (packet for _ in range(2)).__next__,
+}
+
+
+def serve(
+    queue: NetfilterQueue,
+    queue_num: int,
+    flow: UdpFlow,
+    callback: Callable[[Packet], None],
+    payloads: tuple[bytes, ...] = (b"1", b"2"),
+) -> None:
+    """Run the queue for each datagram by itself, so that each comes with a read of its own."""
+    count = 0
+
+    def counted(packet: Packet) -> None:
+        nonlocal count
+        count += 1
+        callback(packet)
+        packet.accept()
+
+    queue.bind(queue_num, counted, sock_len=RECEIVE_BUFFER)
+    for number, payload in enumerate(payloads, 1):
+        flow.send(payload)
+        run_until(queue, lambda number=number: count >= number)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_nothing_is_left_of_the_one_before(
+    use: Callable[[Packet], object],
+    queue: NetfilterQueue,
+    queue_num: int,
+    queued: Callable[..., UdpFlow],
+) -> None:
+    seen = []
+
+    def callback(packet: Packet) -> None:
+        whole = packet.get_payload()
+        seen.append(
+            (
+                packet.id,
+                whole[-1:],
+                len(packet) == len(whole) == packet.original_len or packet.original_len,
+                packet.get_mark(),
+                packet.verdict,
+                packet.conntrack,
+                str(packet),
+            )
+        )
+        use(packet)
+
+    flow = queued()
+    serve(queue, queue_num, flow, callback)
+    text = "UDP packet, 29 bytes"
+    assert seen == [
+        (1, b"1", True, 0, None, None, text),
+        (2, b"2", True, 0, None, None, text),
+    ]
+
+
+def test_next_one_leaves_as_it_came(
+    queue: NetfilterQueue, queue_num: int, queued: Callable[..., UdpFlow]
+) -> None:
+    def callback(packet: Packet) -> None:
+        if packet.id == 1:
+            packet.set_payload(bytes(packet)[:-1] + b"!", checksums=True)
+
+    flow = queued()
+    serve(queue, queue_num, flow, callback)
+    assert flow.receive_all(2) == [b"!", b"2"]
+
+
+def test_next_one_gets_no_mark(
+    queue: NetfilterQueue, queue_num: int, queued: Callable[..., UdpFlow]
+) -> None:
+    marks = []
+
+    def callback(packet: Packet) -> None:
+        marks.append(packet.mark)
+        if packet.id == 1:
+            packet.set_mark(7)
+        if len(marks) % 2:
+            packet.repeat()
+        else:
+            packet.accept()
+
+    flow = queued()
+    queue.bind(queue_num, callback, sock_len=RECEIVE_BUFFER)
+    for count in (2, 4):
+        flow.send(b"1")
+        run_until(queue, lambda count=count: len(marks) >= count)  # type: ignore[misc]
+    assert marks == [0, 7, 0, 0]
+
+
+@pytest.mark.parametrize("hold", HOLDS.values(), ids=HOLDS)
+def test_one_that_somebody_holds_stays_what_it_is(
+    hold: Callable[[Packet], Callable[[], Packet]],
+    queue: NetfilterQueue,
+    queue_num: int,
+    queued: Callable[..., UdpFlow],
+) -> None:
+    held = []
+    serve(queue, queue_num, queued(), lambda packet: held.append(hold(packet)))
+    packets = [find() for find in held]
+    assert [packet.id for packet in packets] == [1, 2]
+    assert packets[0] is not packets[1]
+
+
+def test_view_outlives_it(
+    queue: NetfilterQueue, queue_num: int, queued: Callable[..., UdpFlow]
+) -> None:
+    views: list[memoryview] = []
+    serve(queue, queue_num, queued(), lambda packet: views.append(memoryview(packet)))
+    assert [bytes(view)[-1:] for view in views] == [b"1", b"2"]
