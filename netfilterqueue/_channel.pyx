@@ -125,9 +125,10 @@ cdef class Slab:
         cdef int slot
         self.messages = 0
         # Whoever borrowed its bytes has given them back, or it would not have been filled again.
-        free(self.lent)
-        self.lent = NULL
-        self.places = 0
+        if self.lent is not NULL:
+            free(self.lent)
+            self.lent = NULL
+            self.places = 0
         if channel is not None:
             channel.nudged = False
         for slot in range(self.filled):
@@ -281,7 +282,8 @@ cdef class Channel:
         its users down. Without a watch over signals, or if somebody has made the descriptor
         non-blocking: None where nothing is pending. The caller ends the watch."""
         cdef Slab slab
-        cdef int count, error
+        cdef int count
+        cdef int error = 0
         # First of all: whoever wants to wake this thread looks whether there is a reader.
         self.readers += 1
         try:
@@ -292,11 +294,12 @@ cdef class Channel:
                 slab.users += 1
                 self.reading += 1
                 with nogil:
-                    count = recvmmsg(self.fd, slab.headers, slab.slots, MSG_DONTWAIT, NULL)
+                    count = <int> recvmmsg(self.fd, slab.headers, slab.slots, MSG_DONTWAIT)
                     if (count < 0 and errno == EAGAIN and watch is not NULL
                             and watching(self.fd, watch)):
                         count = receive_one(slab, self.fd)
-                    error = errno
+                    if count < 0:
+                        error = errno
                 end_reading(self)
                 if count > 0:
                     slab.filled = count
@@ -576,7 +579,7 @@ cdef int receive_one(Slab slab, int fd) noexcept nogil:
 
     It is decided the sooner if nobody looks for a second one first: the next read does that.
     """
-    cdef ssize_t length = recv(fd, slab.vectors[0].iov_base, slab.vectors[0].iov_len, 0)
+    cdef long length = recv(fd, slab.vectors[0].iov_base, slab.vectors[0].iov_len, 0)
     if length < 0:
         return -1
     slab.headers[0].msg_len = <unsigned int> length

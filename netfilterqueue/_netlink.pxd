@@ -123,7 +123,7 @@ cdef inline void end_nested(nlmsghdr *message, nlattr *attribute) noexcept nogil
     attribute.nla_len = <uint16_t> (<char *> message + message.nlmsg_len - <char *> attribute)
 
 
-cdef inline ssize_t send_noop(int socket) noexcept nogil:
+cdef inline long send_noop(int socket) noexcept nogil:
     """Have the kernel send the socket an acknowledgement, and nothing else. -1 with errno."""
     cdef nlmsghdr message
     mnl_nlmsg_put_header(&message)

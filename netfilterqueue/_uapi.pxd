@@ -20,9 +20,6 @@ cdef extern from "<sys/socket.h>" nogil:
     struct sockaddr:
         pass
 
-    struct timespec:
-        pass
-
     struct msghdr:
         iovec *msg_iov
         size_t msg_iovlen
@@ -54,9 +51,30 @@ cdef extern from "<sys/socket.h>" nogil:
     int getsockname(int fd, sockaddr *address, socklen_t *length)
     int getsockopt(int fd, int level, int name, void *value, socklen_t *length)
     int setsockopt(int fd, int level, int name, const void *value, socklen_t length)
-    ssize_t send(int fd, const void *data, size_t length, int flags)
-    ssize_t recv(int fd, void *buffer, size_t length, int flags)
-    int recvmmsg(int fd, mmsghdr *messages, unsigned int count, int flags, timespec *timeout)
+
+
+cdef extern from *:
+    """
+    #include <sys/syscall.h>
+    #include <unistd.h>
+
+    /* The system calls of a packet's way, and not the C library's functions around them: those can
+       be cancelled, which nobody wants here, and where a process has several threads they spend
+       more instructions on that than the rest of a verdict takes. */
+    #define NETFILTERQUEUE_SEND(fd, data, length, flags) \
+        syscall(SYS_sendto, fd, data, length, flags, NULL, 0)
+    #define NETFILTERQUEUE_RECV(fd, buffer, length, flags) \
+        syscall(SYS_recvfrom, fd, buffer, length, flags, NULL, NULL)
+    #ifndef SYS_recvmmsg
+    #define SYS_recvmmsg SYS_recvmmsg_time64
+    #endif
+    #define NETFILTERQUEUE_RECVMMSG(fd, messages, count, flags) \
+        syscall(SYS_recvmmsg, fd, messages, count, flags, NULL)
+    """
+    long send "NETFILTERQUEUE_SEND" (int fd, const void *data, size_t length, int flags) nogil
+    long recv "NETFILTERQUEUE_RECV" (int fd, void *buffer, size_t length, int flags) nogil
+    long recvmmsg "NETFILTERQUEUE_RECVMMSG" (int fd, mmsghdr *messages, unsigned int count,
+                                             int flags) nogil
 
 
 cdef extern from "<poll.h>" nogil:
