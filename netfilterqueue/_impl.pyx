@@ -22,6 +22,7 @@ import contextlib
 import os
 import socket
 import threading
+import time
 import warnings
 import weakref
 
@@ -35,6 +36,9 @@ from netfilterqueue._arguments import (
 from netfilterqueue._netns import open_socket
 from netfilterqueue.constants import Verdict
 from netfilterqueue.stats import QueueStats, queues_beside
+
+cdef extern from "Python.h":
+    object PyObject_CallOneArg(object function, object argument)
 
 BUFFER_SIZE = COMPILED_BUFFER_SIZE
 
@@ -402,9 +406,7 @@ cdef class NetfilterQueue(Receiver):
         cdef Limits limits = limits_of(block, timeout, count)
         cdef Outbox outbox = self.enter(&limits)
         try:
-            callback = self.require_callback()
-            while self.deliver_next(callback, None, outbox, &limits):
-                pass
+            self.deliver(self.require_callback(), None, outbox, &limits)
         finally:
             self.leave(outbox, &limits, None)
 
@@ -422,33 +424,37 @@ cdef class NetfilterQueue(Receiver):
             if not hasattr(sock, "recv"):
                 raise TypeError("run_socket() reads through a socket, or another object with "
                                 f"recv(n); got {sock!r}")
-            while self.deliver_next(callback, sock, outbox, &limits):
-                pass
+            self.deliver(callback, sock, outbox, &limits)
         finally:
             self.leave(outbox, &limits, None)
 
     # The callback runs outside of the critical section: it can take its time, wait for threads that
     # decide packets, or be one of several greenlets.
 
-    cdef bint deliver_next(self, callback, sock, Outbox outbox, Limits *limits) except -1:
-        """Await a packet and call the callback with it. False: there will be none."""
-        cdef Packet packet
-        if sock is None:
-            packet = self.await_packet(outbox, limits)
-        else:
-            packet = self.await_through(sock, outbox, limits)
-        if packet is None:
-            return False
+    cdef int deliver(self, callback, sock, Outbox outbox, Limits *limits) except -1:
+        """Call the callback with one packet after the other, until there will be none."""
+        cdef Packet packet = None
         try:
-            answer = callback(packet)
-            # Other values have no meaning: classic callbacks return what they like.
-            if answer is not None and isinstance(answer, Verdict):
-                self.obey(packet, answer)
+            while not used_up(limits):
+                if sock is None:
+                    packet = self.await_packet(outbox, limits, False)
+                else:
+                    packet = self.await_through(sock, outbox, limits)
+                if packet is None:
+                    break
+                limits.wanted -= 1
+                answer = PyObject_CallOneArg(callback, packet)
+                # Other values have no meaning: classic callbacks return what they like.
+                if answer is not None and isinstance(answer, Verdict):
+                    self.obey(packet, answer)
+                self.take_back(packet)
+                # One that nobody has kept ends now, not when the next one has come.
+                packet = answer = None
         except BaseException:
-            packet.keep_payload()
+            if packet is not None:
+                packet.keep_payload()
             raise
-        self.take_back(packet)
-        return True
+        return 0
 
     @cython.critical_section
     cdef int obey(self, Packet packet, answer) except -1:
@@ -477,7 +483,7 @@ cdef class NetfilterQueue(Receiver):
         try:
             with cython.critical_section(self):
                 self.require_no_callback()
-                packet = self.await_pulled(outbox, &limits)
+                packet = self.await_packet(outbox, &limits, True)
                 while packet is not None:
                     packets.append(packet)
                     limits.wanted -= 1
@@ -493,7 +499,7 @@ cdef class NetfilterQueue(Receiver):
         cdef Packet packet
         try:
             self.require_no_callback()
-            while (packet := self.await_pulled(outbox, &limits)) is not None:
+            while (packet := self.await_packet(outbox, &limits, True)) is not None:
                 # Nobody knows which thread comes back, nor when.
                 end_watch(&limits.watch)
                 yield packet
@@ -599,6 +605,11 @@ cdef class NetfilterQueue(Receiver):
         if self.channel is not None:
             self.channel.forget_threads()
         return 0
+
+
+cdef inline bint used_up(const Limits *limits) except -1:
+    return not limits.wanted or (limits.timed and limits.waits
+                                 and time.monotonic() >= limits.deadline)
 
 
 cdef uint32_t bits_of(names) except? 0:

@@ -49,9 +49,8 @@ cdef class Receiver:
     cdef Outbox enter(self, Limits *limits)
     cdef int leave(self, Outbox outbox, Limits *limits, list packets) except -1
     cdef int leave_with(self, list packets, Outbox outbox, Limits *limits) except -1
-    cdef Packet await_packet(self, Outbox outbox, Limits *limits)
+    cdef Packet await_packet(self, Outbox outbox, Limits *limits, bint to_keep)
     cdef int take_back(self, Packet packet) except -1
-    cdef Packet await_pulled(self, Outbox outbox, Limits *limits)
     cdef Packet await_through(self, sock, Outbox outbox, Limits *limits)
     cdef Slab borrow(self, bytes datagram)
     cdef bytes receive_from(self, sock)

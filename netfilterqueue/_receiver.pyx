@@ -40,11 +40,6 @@ cdef Limits limits_of(block, timeout, count) except *:
 
 # For every packet: not methods, which would not be compiled into their callers.
 
-cdef inline bint used_up(const Limits *limits) except -1:
-    return not limits.wanted or (limits.timed and limits.waits
-                                 and time.monotonic() >= limits.deadline)
-
-
 cdef inline bint stopped(Receiver queue, const Limits *limits) noexcept:
     return queue.stops != limits.stops
 
@@ -201,13 +196,12 @@ cdef class Receiver:
             return 0
 
     @cython.critical_section
-    cdef Packet await_packet(self, Outbox outbox, Limits *limits):
-        """The next packet; None when it is time to leave. Enters the critical section."""
+    cdef Packet await_packet(self, Outbox outbox, Limits *limits, bint to_keep):
+        """The next packet; None when it is time to leave. ``to_keep``: not for a callback. Enters
+        the critical section."""
         cdef Packet packet = None
-        while packet is None and not used_up(limits) and fill(self, outbox, limits):
-            packet = next_packet(self)
-        if packet is not None:
-            limits.wanted -= 1
+        while packet is None and fill(self, outbox, limits):
+            packet = self.pull() if to_keep else next_packet(self)
         return packet
 
     @cython.critical_section
@@ -216,14 +210,6 @@ cdef class Receiver:
         if packet.renew():
             self.spare = packet
         return 0
-
-    @cython.critical_section
-    cdef Packet await_pulled(self, Outbox outbox, Limits *limits):
-        """The same for who keeps the packet. Enters the critical section."""
-        cdef Packet packet = None
-        while packet is None and fill(self, outbox, limits):
-            packet = self.pull()
-        return packet
 
     cdef Packet await_through(self, sock, Outbox outbox, Limits *limits):
         """The next packet, read through a socket object; None if nothing is pending there, or it is
@@ -434,7 +420,7 @@ cdef class Pulling:
         """The next packet of those that have been read or can be, or None."""
         with cython.critical_section(self.queue):
             self.limits.emptied = False
-            return self.queue.await_pulled(self.outbox, &self.limits)
+            return self.queue.await_packet(self.outbox, &self.limits, True)
 
     def close(self, list packets=None):
         """``packets``: in the caller's hands, to be lost if this raises."""
