@@ -108,6 +108,7 @@ class BuildExtensions(build_ext):
         compile_args = ["-pthread", *library_flags("--cflags", [])]
         link_args = ["-pthread", *library_flags("--libs", [f"-l{name}" for name in LIBRARIES])]
         self.check_prerequisites(compile_args, link_args)
+        compile_args += self.flags_for_less_code()
         for extension in self.extensions:
             extension.define_macros = macros
             extension.extra_compile_args = compile_args
@@ -140,6 +141,14 @@ class BuildExtensions(build_ext):
         ]
         if missing:
             raise fail(f"not found: {', '.join(missing)}. {PACKAGES}")
+
+    def flags_for_less_code(self) -> list[str]:
+        """When a packet comes after a while, little of the code that it needs is in the caches: the
+        less there is of it the better. Who names a level of optimization in CFLAGS gets that."""
+        flags = ["-fno-plt"]
+        if "-O" not in os.environ.get("CFLAGS", ""):
+            flags.append("-O2")  # Python's own modules are built with -O3, mostly
+        return [flag for flag in flags if self.can_build("", [flag], [])]
 
     def can_build(self, text: str, compile_args: list[str], link_args: list[str]) -> bool:
         """Whether this C text becomes a shared object."""

@@ -146,7 +146,7 @@ install_library() {
 # build_without_warnings VERSION PYTHON: the library as users get it, in an environment with all tools.
 build_without_warnings() {
     make_environment "python-$1" "$2" dev
-    CFLAGS="-O3 -DNDEBUG -Wall -Wextra -Werror" install_library
+    CFLAGS="-DNDEBUG -Wall -Wextra -Werror" install_library
     if grep '^warning: netfilterqueue/' "$environment/build.log"; then
         die "Cython warns"
     fi
