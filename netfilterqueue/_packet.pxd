@@ -55,6 +55,7 @@ cdef class Packet:
     cdef PacketChanges changes  # other than these two, or None
     cdef uint32_t new_mark
     cdef bint has_new_mark
+    cdef bint retained_own      # it is the packet's own, not one that replaced it
     cdef bint decided           # unless that flight failed, see is_decided()
     cdef uint32_t given         # the verdict, once decided
     cdef uint64_t flight        # number of the send that carries it

@@ -359,7 +359,9 @@ cdef class Packet:
         """Keep a copy of the payload for use after the callback. Can be repeated; after
         set_payload() it keeps the new bytes. Raises RuntimeError as get_payload() does."""
         with cython.critical_section(self.owner):
-            self.retained = self.payload()
+            if self.replacement is not None or self.retained is None:
+                self.retained_own = self.replacement is None
+                self.retained = self.payload()
 
     def set_payload(self, payload, *, checksums=False, truncate=False):
         """Let the packet go on with these bytes, any bytes-like object of 1 to 65531 bytes that
@@ -395,7 +397,7 @@ cdef class Packet:
             return None
         with cython.critical_section(self.owner):
             if self.slab is None or self.fields.payload is NULL:
-                return self.retained or b""
+                return self.retained if self.retained_own and self.retained is not None else b""
             return PyBytes_FromStringAndSize(self.fields.payload, self.fields.payload_length)
 
     def __bool__(self):
@@ -464,6 +466,7 @@ cdef class Packet:
             if self.slab is not None and self.fields.payload is not NULL:
                 self.retained = PyBytes_FromStringAndSize(self.fields.payload,
                                                           self.fields.payload_length)
+                self.retained_own = True
             return self.end_borrowing()
 
     cdef int end_borrowing(self) except -1:
@@ -628,10 +631,8 @@ cdef class Packet:
         another number, and as accept() does.
         """
         cdef uint32_t number = integer("queue_num", queue_num, 0, 0xFFFF)
-        cdef uint32_t verdict = NF_QUEUE | number << NF_VERDICT_QBITS
-        if bypass:
-            verdict |= NF_VERDICT_FLAG_QUEUE_BYPASS
-        self.decide(verdict)
+        cdef uint32_t flag = NF_VERDICT_FLAG_QUEUE_BYPASS if bypass else 0
+        self.decide(NF_QUEUE | number << NF_VERDICT_QBITS | flag)
 
     cdef int decide(self, uint32_t verdict) except -1:
         cdef Decision decision

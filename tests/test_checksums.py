@@ -501,6 +501,16 @@ class TestUnfinished:
             packet.set_payload(bytes(IP() / UDP()), checksums=True)
         assert packet.set_payload(bytes(IP() / TCP()), checksums=True)
 
+    def test_what_retain_kept_of_a_new_payload_does_not_tell(self) -> None:
+        original = unfinished(IP() / UDP() / b"original")
+        packet = packet_of(original, checksum_ready=False)
+        packet.retain()
+        packet.set_payload(original)
+        assert packet.set_payload(original, checksums=True)
+        packet.retain()
+        with pytest.raises(ValueError, match=r"unfinished.*retain\(\).*bind without gso=True"):
+            packet.set_payload(original, checksums=True)
+
     @pytest.mark.parametrize(
         "layer", [IP(proto=132) / bytes(20), IP(flags="MF") / UDP()], ids=["SCTP", "fragment"]
     )
