@@ -6,6 +6,7 @@ from netfilterqueue._channel cimport Slab
 from netfilterqueue._netlink cimport Cursor
 from netfilterqueue._nfqueue cimport Decision, PacketFields, Skipped
 from netfilterqueue._outbox cimport Outbox, failed
+from netfilterqueue._threads cimport is_only_reference
 from netfilterqueue._uapi cimport nlmsghdr
 
 
@@ -79,3 +80,10 @@ cdef class Packet:
 
 cdef inline bint is_decided(Packet packet) noexcept:
     return packet.decided and not failed(packet.batch.outbox, packet.flight)
+
+
+cdef inline bint is_free(Packet packet) noexcept:
+    """Whether nobody else has it, and nothing hangs on it that another message would inherit."""
+    return (is_only_reference(<void *> packet)
+            and packet.retained is None and packet.rare is None
+            and packet.replacement is None and packet.changes is None)

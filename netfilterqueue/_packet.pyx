@@ -15,7 +15,7 @@ from netfilterqueue._nfqueue cimport (
     original_length,
 )
 from netfilterqueue._outbox cimport NO_DEFAULT, Outbox, unsettled
-from netfilterqueue._threads cimport add_to, add_to_total, is_only_reference
+from netfilterqueue._threads cimport add_to, add_to_total
 from netfilterqueue._uapi cimport (
     AF_BRIDGE, NFQA_CT, NFQA_CT_INFO, NFQA_L2HDR, NFQA_SECCTX, NFQA_SKB_CSUMNOTREADY,
     NFQA_SKB_CSUM_NOTVERIFIED, NFQA_SKB_GSO, NF_ACCEPT, NF_DROP, NF_QUEUE, NF_REPEAT, NF_STOP,
@@ -486,9 +486,7 @@ cdef class Packet:
         """End borrowing, and make the packet as new, to serve for another message. False: somebody
         else has it, or something is left to be done at its end."""
         self.end_borrowing()
-        if (not is_only_reference(<void *> self) or not is_decided(self)
-                or self.retained is not None or self.rare is not None
-                or self.replacement is not None or self.changes is not None):
+        if not is_free(self) or not is_decided(self):
             return False
         self.batch.packets -= 1
         self.batch = self.owner = None

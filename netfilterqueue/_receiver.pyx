@@ -9,7 +9,7 @@ from libc.stdint cimport uint32_t
 
 from netfilterqueue._channel cimport Channel, Slab, duplicate, is_idle
 from netfilterqueue._outbox cimport VERDICTS, Outbox, is_verdict, unsettled
-from netfilterqueue._packet cimport Batch, Packet, new_batch
+from netfilterqueue._packet cimport Batch, Packet, is_free, new_batch
 from netfilterqueue._signals cimport end_watch
 from netfilterqueue._uapi cimport close
 
@@ -79,6 +79,10 @@ cdef Packet next_packet(Receiver queue):
     cdef Packet packet
     cdef Packet used = queue.spare
     queue.spare = None
+    if used is not None and (used.has_new_mark or not is_free(used)):
+        # Somebody has found it among all objects, as leak finders do. Or, without a GIL, another
+        # thread made it: it would not end before that one runs, with its default verdict.
+        used = None
     while queue.first is not None:
         batch = queue.first
         packet = batch.next(used, queue, &queue.tally)

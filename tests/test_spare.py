@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from netfilterqueue import NetfilterQueue, Packet
-from support import RECEIVE_BUFFER, run_until
+from netfilterqueue import NetfilterQueue, Packet, Verdict
+from support import RECEIVE_BUFFER, TIMEOUT, in_thread, run_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -141,3 +143,63 @@ def test_view_outlives_it(
     views: list[memoryview] = []
     serve(queue, queue_num, queued(), lambda packet: views.append(memoryview(packet)))
     assert [bytes(view)[-1:] for view in views] == [b"1", b"2"]
+
+
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize(
+    "use", [lambda one: one.set_mark(7), lambda one: one.set_payload(b"3")], ids=["mark", "payload"]
+)
+def test_what_is_done_to_one_found_among_all_objects_stays_with_it(
+    held: bool,
+    use: Callable[[Packet], object],
+    queue: NetfilterQueue,
+    queue_num: int,
+    queued: Callable[..., UdpFlow],
+) -> None:
+    found: list[Packet] = []
+    seen = []
+
+    def callback(packet: Packet) -> None:
+        seen.append((packet.get_mark(), packet.get_payload()[-1:]))
+        assert not any(packet is other for other in found)
+        packet.accept()
+
+    flow = queued()
+    queue.bind(queue_num, callback, sock_len=RECEIVE_BUFFER)
+    for number in (1, 2):
+        flow.send(b"%d" % number)
+        run_until(queue, lambda number=number: len(seen) >= number)  # type: ignore[misc]
+        if number == 1:
+            found += [one for one in gc.get_objects() if type(one) is Packet]
+            for _ in map(use, found):
+                pass
+            if not held:
+                found.clear()
+    assert seen == [(0, b"1"), (0, b"2")]
+    assert flow.receive_all(2) == [b"1", b"2"]
+
+
+def test_one_of_another_thread_is_no_reason_to_wait_for_that(
+    queue: NetfilterQueue, queue_num: int, queued: Callable[..., UdpFlow]
+) -> None:
+    ran, release = threading.Event(), threading.Lock()
+
+    def callback(packet: Packet) -> None:
+        if packet.id == 1:
+            packet.accept()
+
+    def run_once() -> None:
+        queue.run(count=1)
+        ran.set()
+        with release:
+            pass
+
+    flow = queued()
+    queue.bind(queue_num, callback, sock_len=RECEIVE_BUFFER, default_verdict=Verdict.ACCEPT)
+    with release:
+        running = in_thread(run_once)
+        flow.send(b"1", b"2")
+        assert ran.wait(TIMEOUT)
+        queue.run(count=1)
+        assert flow.receive_all(2) == [b"1", b"2"]
+    running.result(TIMEOUT)
