@@ -60,16 +60,23 @@ cdef extern from *:
 
     /* The system calls of a packet's way, and not the C library's functions around them: those can
        be cancelled, which nobody wants here, and where a process has several threads they spend
-       more instructions on that than the rest of a verdict takes. */
+       more instructions on that than the rest of a verdict takes. But on 32 bits the library knows
+       which of several calls a kernel has: some lack those of their own for sockets, others those
+       with times of 32 bits. */
+    #if defined(SYS_sendto) && defined(SYS_recvfrom) && defined(SYS_recvmmsg) \
+        && !defined(SYS_recvmmsg_time64)
     #define NETFILTERQUEUE_SEND(fd, data, length, flags) \
         syscall(SYS_sendto, fd, data, length, flags, NULL, 0)
     #define NETFILTERQUEUE_RECV(fd, buffer, length, flags) \
         syscall(SYS_recvfrom, fd, buffer, length, flags, NULL, NULL)
-    #ifndef SYS_recvmmsg
-    #define SYS_recvmmsg SYS_recvmmsg_time64
-    #endif
     #define NETFILTERQUEUE_RECVMMSG(fd, messages, count, flags) \
         syscall(SYS_recvmmsg, fd, messages, count, flags, NULL)
+    #else
+    #define NETFILTERQUEUE_SEND(fd, data, length, flags) send(fd, data, length, flags)
+    #define NETFILTERQUEUE_RECV(fd, buffer, length, flags) recv(fd, buffer, length, flags)
+    #define NETFILTERQUEUE_RECVMMSG(fd, messages, count, flags) \
+        recvmmsg(fd, messages, count, flags, NULL)
+    #endif
     """
     long send "NETFILTERQUEUE_SEND" (int fd, const void *data, size_t length, int flags) nogil
     long recv "NETFILTERQUEUE_RECV" (int fd, void *buffer, size_t length, int flags) nogil
