@@ -191,7 +191,9 @@ class TestView:
             addresses.add(address_of(packet))
             packet.accept()
 
-        queued = queued_udp(callback=look)
+        # Where the kernel stamps no packets: it begins and ends to do so at some later moment, and
+        # a payload behind a time stamp has another address.
+        queued = queued_udp(callback=look, chain="OUTPUT")
         for _ in range(30):
             queued.deliver_one()
         # Those of the views, and that of the read at hand.
