@@ -98,6 +98,8 @@ cdef class Batch:
         tally.packets += 1
         tally.bytes += packet.fields.payload_length
         tally.truncated += is_truncated(&packet.fields)
+        # Also on one that serves again: somebody may have found it among all objects meanwhile.
+        packet.has_new_mark = False
         packet.batch = self
         self.packets += 1
         packet.slab = self.slab
@@ -490,7 +492,7 @@ cdef class Packet:
             return False
         self.batch.packets -= 1
         self.batch = self.owner = None
-        self.has_new_mark = self.decided = False
+        self.decided = False
         if DEBUG:
             add_to_total(&alive_now.packets, -1)
         return True

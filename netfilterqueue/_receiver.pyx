@@ -79,7 +79,7 @@ cdef Packet next_packet(Receiver queue):
     cdef Packet packet
     cdef Packet used = queue.spare
     queue.spare = None
-    if used is not None and (used.has_new_mark or not is_free(used)):
+    if used is not None and not is_free(used):
         # Somebody has found it among all objects, as leak finders do. Or, without a GIL, another
         # thread made it: it would not end before that one runs, with its default verdict.
         used = None
